@@ -1,0 +1,174 @@
+"""Stage 3: train the Spiking ResNet with surrogate gradients and distillation (paper, section 3.3)  ->  idsnn.pt
+
+    python train_idsnn.py                             # from snn_init.pt, by the paper's recipe
+    torchrun --nproc-per-node 4 train_idsnn.py        # four GPUs, the same global batch, the same result
+    python train_idsnn.py --no-init --no-kd           # Table 3's baseline; either flag alone gives the rows between
+    python train_idsnn.py --milestones 10,20,30 --epochs 100   # Table 4
+
+From top to bottom: the recipe, the loss, the firing rates, main().
+"""
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, claim, describe_run, earlier_run, evaluate, fail,
+                           fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, number, parallel, rank,
+                           epoch_means, restore, resume_state, run, run_identity, set_precision, sha256_file, weights, world_size)
+from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
+
+
+def parse_args(argv=None):
+    p = Parser(description="Stage 3: train the Spiking ResNet.")
+    p.add_argument("--init", default="snn_init.pt", help="initialised network of transfer_init.py; also says what the network is (default snn_init.pt)")
+    p.add_argument("--teacher", help="checkpoint of train_teacher.py to distil from (default: the one that --init was made from)")
+    p.add_argument("--alpha", type=number(float, 0, 1e3), default=0.3, help="weight of the distillation loss, eq. 8 (default 0.3)")
+    p.add_argument("--temperature", type=number(float, 0, 1e3, above=True), default=4.0, help="of the softened class scores, eq. 6 (default 4)")
+    p.add_argument("--no-init", action="store_true", help="ablation: start from fresh weights of the same network")
+    p.add_argument("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
+    p.add_argument("--dataset", help="cifar10, cifar100, digits, or a folder (default: as in --init)")
+    add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None)
+    add_training_flags(p, out="idsnn.pt")
+    return p.parse_args(argv)  # main() fills what is left out: from --init, then from the recipe
+
+
+def distillation(scores, teacher_scores, temperature):
+    """temperature^2 * KL(teacher || student) of the softened class scores (B, K), mean over the batch (eq. 6-8)."""
+    student, teacher = (F.log_softmax(s / temperature, 1) for s in (scores, teacher_scores))
+    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class FiringRates:
+    """Mean firing rate (spikes per neuron and step) of every spiking layer, over what the network sees in eval mode."""
+
+    def __init__(self, model):
+        self.sums = {name: [] for name, m in model.named_modules() if isinstance(m, BatchNormLIF)}
+        for name in self.sums:
+            model.get_submodule(name).register_forward_hook(partial(self.record, name))
+
+    def record(self, name, module, inputs, spikes):
+        if not module.training:
+            self.sums[name].append(spikes.mean(dtype=torch.float32))
+
+    def read(self):
+        """{layer: rate}, averaged over the processes; starts anew."""
+        rates = torch.stack([torch.stack(means).mean() for means in self.sums.values()])
+        for means in self.sums.values():
+            means.clear()
+        if world_size() > 1:
+            torch.distributed.all_reduce(rates)
+        return dict(zip(self.sums, (rates / world_size()).tolist()))
+
+
+def warn(rates):
+    """One line for layers that no gradient reaches because they never fire, or say nothing because they always do."""
+    for what, remedy, layers in (("never fires", "try a lower --v-th, a wider --lens, a lower --lr or --warmup 0.05", [n for n, r in rates.items() if r == 0]),
+                                 ("always fires", "try a higher --v-th or a lower --lr", [n for n, r in rates.items() if r > 0.999])):
+        if layers:
+            yield f"[yellow]warning: {layers[0]}{f' and {len(layers) - 1} other layers' if len(layers) > 1 else ''} {what}: {remedy}[/]"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    init = load_checkpoint(args.init, "init")
+    parents = {"init": dict(path=args.init, sha256=sha256_file(args.init))}
+    args.dataset = args.dataset or init["config"]["dataset"]
+    arch = init["arch"]
+    for name in ("T", "decay", "v_th", "lens", "detach_reset"):  # inherited, unless a flag overrides
+        if getattr(args, name) is None:
+            setattr(args, name, arch[name])
+        arch[name] = getattr(args, name)
+    fill_defaults(args, PAPER, digits=DIGITS | dict(epochs=30))
+    device = init_distributed(args)
+    log_file = claim(args.out)
+    precision, dtype, autocast, scaler = set_precision(args, device)
+
+    teacher = None
+    if not args.no_kd:
+        recorded = init["provenance"]["parents"]["teacher"]
+        path = args.teacher or recorded["path"]
+        checkpoint = load_checkpoint(path, "teacher")
+        parents["teacher"] = dict(path=path, sha256=sha256_file(path))
+        if not args.teacher and parents["teacher"]["sha256"] != recorded["sha256"]:
+            fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, or say --teacher {path}")
+        teacher = ResNet(**checkpoint["arch"])
+        teacher.load_state_dict(checkpoint["model"])
+        teacher.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    data = load_data(args.dataset, args.data_dir)
+    for who, path, sizes in [("network", args.init, arch)] + ([("teacher", path, checkpoint["arch"])] if teacher else []):
+        if (sizes["num_classes"], sizes["in_channels"]) != (len(data.classes), data.shape[0]):
+            fail(f"the {who} in {path} is for {sizes['num_classes']} classes and {sizes['in_channels']} channels, "
+                 f"{args.dataset} has {len(data.classes)} and {data.shape[0]}")
+    if args.batch_size > len(data.train_y):
+        fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
+    steps = len(data.train_y) // args.batch_size
+    identity = run_identity(args, "idsnn", data, parents)
+    earlier = earlier_run(args, "idsnn", identity)
+    data.to(device, dtype)
+
+    torch.manual_seed(args.seed)
+    model = SpikingResNet(**arch)
+    if not args.no_init:
+        model.load_state_dict(init["model"])
+    model.to(device, dtype, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    history = restore(earlier, model, optimizer, scaler) if earlier else []
+    firing = FiringRates(model)
+    net = parallel(model, args)
+
+    def noise(epoch, step):  # seed of the Poisson encoder
+        return (args.seed * 10_000 + epoch) * 1_000_003 + step
+
+    def checkpoint(resume=None):
+        best = max(history, key=lambda row: row["test_acc"])["epoch"]
+        return make_checkpoint("idsnn", arch, weights(model, dtype if resume else torch.float32), args, identity, device,
+                               data=data.describe(), parents=parents, metrics=dict(history=history, best_epoch=best)) | (resume or {})
+
+    log = Log(args, log_file, dict(
+        student=f"Spiking ResNet-{arch['depth']} ({arch['block']} blocks, width {arch['width']}, {arch['encoder']} encoding), "
+                f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}",
+        neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}",
+        start="fresh weights (--no-init)" if args.no_init else f"{args.init} (dataset, network and neuron too, where no flag says otherwise)",
+        teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher else "none (--no-kd)",
+        kernels="PyTorch",
+        data=str(data), **describe_run(args, device, precision)), history)
+    with log:
+        for epoch in range(len(history), args.epochs):
+            net.train()
+            began, sums = time.time(), torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, distillation
+            for step, (x, y) in enumerate(batches(data, args, epoch, rank(), world_size())):
+                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
+                with autocast:
+                    scores = net(model.encode(x, data, noise(epoch, step), world_size(), rank())).mean(0)  # (T, B, K) -> (B, K)
+                    loss = F.cross_entropy(scores, y)
+                    kd = torch.zeros_like(loss)
+                    if teacher:
+                        kd = distillation(scores, teacher(data.normalize(x)), args.temperature)
+                        loss = loss + args.alpha * kd
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                sums += torch.stack([loss.detach(), (scores.argmax(1) == y).to(loss.dtype).mean(), kd.detach()])
+                log.step(epoch, step + 1, steps, sums, time.time() - began)
+            loss, accuracy, kd = epoch_means(sums, steps, args, epoch)
+            seconds = time.time() - began
+
+            net.eval()
+            with autocast:
+                test_acc, test_loss = evaluate(lambda x, start: model(model.encode(x, data, noise(0, start))).mean(0), data)
+            rates = firing.read()
+            history.append(dict(epoch=epoch + 1, loss=loss, ce=loss - args.alpha * kd, kd=kd, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
+                                firing=sum(rates.values()) / len(rates), lr=optimizer.param_groups[0]["lr"],
+                                images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began, rates=rates))
+            log.epoch(history[-1])
+            for line in warn(rates):
+                log.console.print(line)
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(optimizer, scaler)))
+        log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
+
+
+if __name__ == "__main__":
+    run(main)

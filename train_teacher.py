@@ -1,0 +1,778 @@
+"""Stage 1: train the teacher, an ordinary ReLU ResNet (paper, section 3.3.2 and 4.1)  ->  r34.pt
+
+    python train_teacher.py                                 # the paper's: ResNet-34 on CIFAR-100, 200 epochs
+    python train_teacher.py --dataset digits                # half a minute on a laptop
+    torchrun --nproc-per-node 4 train_teacher.py            # four GPUs, the same global batch, the same result
+
+From top to bottom: the recipe, the data, the network, main(); below it the machinery that all stages share (flags and
+errors, processes and precision, checkpoints and restarts, the log), which later stages import from here.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs are not kept from writing one file
+    fcntl = None
+
+# ------------------------------------------------------------------------------------------------------------- recipe
+# defaults: section 4.1 of the paper and, where it is silent (crop, flip, milestones), the authors' code
+PAPER = dict(epochs=200, batch_size=64, lr=0.05, momentum=0.9, weight_decay=1e-4, schedule="step", warmup=0.0, crop_padding=4, flip=True)
+# for 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
+DIGITS = dict(epochs=20, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
+
+
+def parse_args(argv=None):
+    p = Parser(description="Stage 1: train the teacher ResNet.")
+    p.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
+    p.add_argument("--depth", type=int, default=34, choices=DEPTHS, help="layers of the ResNet (default 34)")
+    p.add_argument("--width", type=number(int, 1, 4096), help="channels of the first stage, which scales all others (default 64; digits 16)")
+    p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: 3x3 for images up to 64 pixels, else ImageNet's 7x7 and max-pool")
+    add_training_flags(p, out="r34.pt")
+    args = p.parse_args(argv)
+    fill_defaults(args, PAPER | dict(width=64), digits=DIGITS | dict(width=16))
+    return args
+
+
+def add_training_flags(p, out):
+    """The flags that both training stages have. A default of None is filled from the recipe by `fill_defaults`."""
+    p.add_argument("--epochs", type=number(int, 1, 9999), help="passes over the training set (default 200)")
+    p.add_argument("--batch-size", type=number(int, 1, 1 << 20), help="images per step over all processes (default 64)")
+    p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help="peak learning rate of SGD (default 0.05)")
+    p.add_argument("--momentum", type=number(float, 0, 1), help="momentum of SGD (default 0.9)")
+    p.add_argument("--weight-decay", type=number(float, 0, 1), help="L2 penalty on every parameter (default 1e-4)")
+    p.add_argument("--schedule", choices=["step", "cosine", "linear"], help="fall of the learning rate: x0.1 at each milestone, or to 0 along a cosine or a line (default step)")
+    p.add_argument("--milestones", type=milestones, metavar="E,E,...", help="epochs at which `step` multiplies the rate by 0.1 (default 30%%, 60%% and 80%% of the epochs: 60,120,160)")
+    p.add_argument("--warmup", type=number(float, 0, 0.99), help="share of the run in which the rate rises from 0 to --lr (default 0; digits 0.25)")
+    p.add_argument("--crop-padding", type=number(int, 0, 256), help="zero pixels around an image before the random crop (default 4; digits 1)")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the training images (default yes; digits no)")
+    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"], help="auto: on a GPU bf16 (fp16 where it has none), else fp32")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
+    p.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, at some cost in speed")
+    p.add_argument("--seed", type=number(int, 0, 99999), default=0, help="of initialisation, order and augmentation (default 0)")
+    p.add_argument("--data-dir", default="data", help="where downloads and decoded folders are kept (default data)")
+    p.add_argument("--out", default=out, help=f"checkpoint to write; <out>.last while it trains, <out>.jsonl its log (default {out})")
+    p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run left at --out")
+
+
+def fill_defaults(args, recipe, digits):
+    """Set every flag that the user left out: from the recipe, or from what suits the 8x8 digits."""
+    for name, value in (recipe | digits if args.dataset == "digits" else recipe).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.milestones is None:
+        args.milestones = [round(args.epochs * share) for share in (0.3, 0.6, 0.8)]
+
+
+def learning_rate(args, epoch):
+    """The rate at `epoch`, a float that counts fractions: warm-up, then the schedule's fall."""
+    done = epoch / args.epochs
+    if done < args.warmup:
+        return args.lr * done / args.warmup
+    left = (1 - done) / (1 - args.warmup)
+    return args.lr * {"step": 0.1 ** sum(epoch >= m for m in args.milestones),
+                      "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+                      "linear": left}[args.schedule]
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+@dataclass
+class Images:
+    """A whole data set: uint8 pixels `(N, H, W, C)`, int64 labels `(N,)`, on one device."""
+    name: str
+    classes: list
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+
+    def __post_init__(self):
+        H, W, C = self.train_x.shape[1:]
+        self.shape = (C, H, W)
+        channels = [self.train_x[..., c].double() / 255 for c in range(C)]  # of the training set, so that any folder works
+        self.mean = [float(c.mean()) for c in channels]
+        self.std = [max(float(c.std(correction=0)), 1 / 255) for c in channels]
+        digest = hashlib.sha256()
+        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
+            digest.update(tensor.numpy())
+        self.sha256 = digest.hexdigest()
+
+    def to(self, device, dtype):
+        """Move to `device`; `normalize` will give `dtype`."""
+        self.train_x, self.train_y, self.test_x, self.test_y = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
+        self.offset, self.scale = (255 * torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return self
+
+    def normalize(self, x):
+        """uint8 `(B, C, H, W)` -> zero mean and unit variance per channel over the training set."""
+        return (x - self.offset) / self.scale
+
+    def describe(self):
+        return dict(name=self.name, classes=self.classes, shape=list(self.shape), mean=self.mean, std=self.std,
+                    train=len(self.train_y), test=len(self.test_y), sha256=self.sha256)
+
+    def __str__(self):
+        return (f"{self.name}: {len(self.train_y):,} + {len(self.test_y):,} images of {'x'.join(map(str, self.shape))}, "
+                f"{len(self.classes)} classes, sha256 {self.sha256[:12]}")
+
+
+def load_data(dataset, data_dir):
+    """The data set `dataset` (see --dataset) as `Images` on the CPU; one line and exit if it isn't there or doesn't fit."""
+    if dataset == "digits":  # UCI optical handwritten digits, CC BY 4.0; every fifth image is held out
+        raw = np.load(Path(__file__).with_name("data") / "digits.npz")
+        x = torch.from_numpy((raw["images"].astype(np.uint16) * 255 // 16).astype(np.uint8))[..., None]  # 0..16 -> 0..255
+        y = torch.from_numpy(raw["labels"]).long()
+        test = torch.arange(len(y)) % 5 == 0
+        return Images(dataset, [str(d) for d in range(10)], x[~test], y[~test], x[test], y[test])
+    if dataset in ("cifar10", "cifar100"):
+        import torchvision  # here alone: a second to import, and absent from some CPU builds
+        source = getattr(torchvision.datasets, dataset.upper())
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            dist.barrier()  # one process of a machine downloads
+        try:
+            train, test = (source(data_dir, train=train, download=True) for train in (True, False))
+        except Exception as error:  # torchvision's loader raises OSError, RuntimeError, URLError, EOFError, ...
+            fail(f"--dataset {dataset}: not in {data_dir}/ and cannot be downloaded ({error}). Put the archive from "
+                 f"{source.url} there, or give --dataset digits, or a folder of images", 1)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and dist.is_initialized():
+            dist.barrier()
+        return Images(dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
+                      torch.from_numpy(test.data), torch.tensor(test.targets))
+    return load_folder(Path(dataset), Path(data_dir))
+
+
+def load_folder(root, data_dir):
+    """`root/train/<class>/*` and `root/test/<class>/*`, equally sized; decoded once, then read from a cache in `data_dir`."""
+    classes = folder_classes(root)
+    files = {split: [f for c in classes for f in sorted((root / split / c).glob("*")) if f.is_file() and f.name[0] != "."]
+             for split in ("train", "test")}
+    for split in files:
+        for c in classes:
+            if not any(f.parent.name == c for f in files[split]):
+                fail(f"--dataset {root}: class {c!r} has no images in {split}/")
+    stamp = hashlib.sha256(repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for s in files for f in files[s]]).encode())
+    cache = data_dir / f"{root.resolve().name}-{stamp.hexdigest()[:12]}.pt"
+    try:
+        return Images(str(root), classes, *torch.load(cache, weights_only=True))
+    except Exception:  # absent, or damaged: decode again
+        pass
+    mode = "L" if image(files["train"][0], None).ndim == 2 else "RGB"  # the first image decides
+    tensors = []
+    for split in files:
+        with ThreadPoolExecutor() as pool:
+            pixels = list(pool.map(lambda f: image(f, mode), files[split]))
+        want = image(files["train"][0], mode).shape
+        for f, p in zip(files[split], pixels):
+            if p.shape != want:
+                fail(f"--dataset {root}: {f} is {p.shape[1]}x{p.shape[0]} pixels, others {want[1]}x{want[0]}: resize them to one size")
+        x = torch.from_numpy(np.stack(pixels))
+        tensors += [x if x.dim() == 4 else x[..., None], torch.tensor([classes.index(f.parent.name) for f in files[split]])]
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, tensors)
+    except OSError as error:
+        print(f"note: the decoded images were not kept in {cache} ({error.strerror}); the next run decodes them again")
+    return Images(str(root), classes, *tensors)
+
+
+def folder_classes(root):
+    """Sorted class names of an image folder, the same in train/ and test/."""
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            fail(f"--dataset {root}: neither cifar10, cifar100 or digits nor a folder with train/<class>/* and test/<class>/*")
+    classes, test = (sorted(d.name for d in (root / s).iterdir() if d.is_dir() and d.name[0] != ".") for s in ("train", "test"))
+    if classes != test:
+        fail(f"--dataset {root}: train/ and test/ differ in the class {sorted(set(classes) ^ set(test))[0]!r}")
+    if len(classes) < 2:
+        fail(f"--dataset {root}: needs two classes or more, found {len(classes)} in train/")
+    return classes
+
+
+def image(path, mode):
+    """Pixels of an image file: uint8 `(H, W, 3)`, or `(H, W)` for grey; `mode` None keeps what it is."""
+    from PIL import Image
+    try:
+        with Image.open(path) as im:
+            return np.asarray(im.convert(mode or ("L" if im.mode in ("1", "L") else "RGB")))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
+        fail(f"--dataset: {path} is no image that Pillow can read ({error})")
+
+
+def batches(data, args, epoch, rank, world):
+    """One epoch of training batches: uint8 `(B / world, C, H, W)`, channels-last, cropped and flipped, with their labels.
+
+    Order, crops and flips are drawn for the global batch on the CPU from (seed, epoch) and then sliced by rank: the same
+    on every device, at every world size, after every restart. The incomplete last batch is dropped.
+    """
+    C, H, W = data.shape
+    device, pad, steps = data.train_x.device, args.crop_padding, len(data.train_y) // args.batch_size
+    g = torch.Generator().manual_seed(args.seed * 10_000 + epoch)
+    order = torch.randperm(len(data.train_y), generator=g)[: steps * args.batch_size]
+    top, left = torch.randint(2 * pad + 1, (2, len(order)), generator=g)
+    flip = torch.rand(len(order), generator=g) < (0.5 if args.flip else 0.0)
+    draws = torch.stack([order, top, left, flip]).view(4, steps, world, -1)[:, :, rank].to(device)  # (4, steps, B / world)
+    padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))  # zeros on the raw pixels, as torchvision's RandomCrop
+    rows, cols = torch.arange(H, device=device), torch.arange(W, device=device)
+    for index, top, left, flip in draws.unbind(1):
+        y = top[:, None] + rows                                              # (B, H)
+        x = left[:, None] + torch.where(flip[:, None] > 0, W - 1 - cols, cols)  # (B, W)
+        crop = padded[index[:, None, None], y[:, :, None], x[:, None, :]]    # (B, H, W, C)
+        yield crop.permute(0, 3, 1, 2), data.train_y[index]
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with statistics over all processes (nn.SyncBatchNorm refuses CPU tensors)."""
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x32 = x if x.dtype == torch.float64 else x.float()
+        mean = AllReduceMean.apply(x32.mean((0, 2, 3)))
+        var = AllReduceMean.apply((x32 - mean.view(-1, 1, 1)).square().mean((0, 2, 3)))
+        self.update_statistics(mean, var, world_size() * x.numel() // x.shape[1])
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x32 * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)).to(x.dtype)
+
+    @torch.no_grad()
+    def update_statistics(self, mean, var, n):
+        """Running mean and unbiased variance, from a batch of n values a channel with biased variance `var`."""
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_((var * (n / max(n - 1, 1))).to(self.running_var), self.momentum)
+
+
+class BatchNormReLU(BatchNorm2d):
+    """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
+
+    def forward(self, x, residual=None):
+        x = super().forward(x)
+        return F.relu(x if residual is None else x + residual)
+
+
+class AllReduceMean(torch.autograd.Function):
+    """Mean over processes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / world_size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduceMean.forward(None, grad)
+
+
+def conv(c_in, c_out, kernel, stride=1):
+    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Figure 1a (1b with spikes): two 3x3 convolutions; `norm_act` normalises and activates, `norm` only normalises."""
+    expansion = 1
+
+    def __init__(self, c_in, c, stride, norm, norm_act):
+        super().__init__()
+        self.conv1, self.bn1 = conv(c_in, c, 3, stride), norm_act(c)
+        self.conv2, self.bn2 = conv(c, c, 3), norm_act(c)
+        self.downsample = nn.Sequential(conv(c_in, c, 1, stride), norm(c)) if stride != 1 or c_in != c else nn.Identity()
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """The block of ResNet-50 and deeper: 1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the channels."""
+    expansion = 4
+
+    def __init__(self, c_in, c, stride, norm, norm_act):
+        super().__init__()
+        self.conv1, self.bn1 = conv(c_in, c, 1), norm_act(c)
+        self.conv2, self.bn2 = conv(c, c, 3, stride), norm_act(c)
+        self.conv3, self.bn3 = conv(c, 4 * c, 1), norm_act(4 * c)
+        self.downsample = nn.Sequential(conv(c_in, 4 * c, 1, stride), norm(4 * c)) if stride != 1 or c_in != 4 * c else nn.Identity()
+
+    def forward(self, x):
+        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), self.downsample(x))
+
+
+DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)),
+          50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
+
+
+class ResNet(nn.Module):
+    """ResNet under torchvision's parameter names, for teacher and student alike (paper, section 3.2.1).
+
+    depth: 18, 34, 50, 101 or 152. width: channels of the first stage. stem: "3x3", or "7x7" with max-pool.
+    norm, norm_act: classes called with a channel count, for batch norm without and with (residual add and) activation.
+    block: replaces the block class that belongs to the depth. (B, in_channels, H, W) -> (B, num_classes).
+    """
+
+    def __init__(self, depth=34, num_classes=100, in_channels=3, width=64, stem="3x3",
+                 norm=BatchNorm2d, norm_act=BatchNormReLU, block=None):
+        super().__init__()
+        plain_block, counts = DEPTHS[depth]
+        block = block or plain_block
+        self.conv1 = conv(in_channels, width, 3) if stem == "3x3" else conv(in_channels, width, 7, 2)
+        self.bn1 = norm_act(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "7x7" else nn.Identity()
+        c_in = width
+        for stage, count in enumerate(counts):
+            c, blocks = width << stage, []
+            for j in range(count):
+                blocks.append(block(c_in, c, 2 if stage > 0 and j == 0 else 1, norm, norm_act))
+                c_in = c * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(c_in, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x):
+        """Stem's activations (B, width, H, W) -> (B, features)."""
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(self.bn1(self.conv1(x))))
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+@torch.no_grad()
+def evaluate(predict, data, batch_size=500):
+    """(accuracy in %, mean loss) over the test set, shared by the processes.
+
+    predict: (uint8 images (B, C, H, W), index of the first one) -> class scores (B, K)."""
+    sums = torch.zeros(2, dtype=torch.float64, device=data.test_x.device)
+    for start in range(rank() * batch_size, len(data.test_y), world_size() * batch_size):
+        x, y = (t[start: start + batch_size] for t in (data.test_x, data.test_y))
+        logits = predict(x.permute(0, 3, 1, 2), start).double()
+        sums += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    correct, loss = (sums / len(data.test_y)).tolist()
+    return 100 * correct, loss
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = init_distributed(args)
+    log_file = claim(args.out)
+    precision, dtype, autocast, scaler = set_precision(args, device)
+
+    data = load_data(args.dataset, args.data_dir)
+    if args.batch_size > len(data.train_y):
+        fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
+    steps = len(data.train_y) // args.batch_size
+    identity = run_identity(args, "teacher", data)
+    earlier = earlier_run(args, "teacher", identity)
+    data.to(device, dtype)
+
+    torch.manual_seed(args.seed)
+    stem = args.stem if args.stem != "auto" else "3x3" if max(data.shape[1:]) <= 64 else "7x7"
+    arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0], width=args.width, stem=stem)
+    model = ResNet(**arch).to(device, dtype, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    history = restore(earlier, model, optimizer, scaler) if earlier else []
+    net = parallel(model, args)
+
+    def checkpoint(resume=None):
+        best = max(history, key=lambda row: row["test_acc"])["epoch"]
+        return make_checkpoint("teacher", arch, weights(model, dtype if resume else torch.float32), args, identity, device,
+                               data=data.describe(), metrics=dict(history=history, best_epoch=best)) | (resume or {})
+
+    log = Log(args, log_file, dict(
+        teacher=f"ResNet-{args.depth}, width {args.width}, {stem} stem, {sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}",
+        data=str(data), **describe_run(args, device, precision)), history)
+    with log:
+        for epoch in range(len(history), args.epochs):
+            net.train()
+            began, sums = time.time(), torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
+            for step, (x, y) in enumerate(batches(data, args, epoch, rank(), world_size())):
+                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
+                with autocast:
+                    logits = net(data.normalize(x))
+                    loss = F.cross_entropy(logits, y)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                sums += torch.stack([loss.detach(), (logits.argmax(1) == y).to(loss.dtype).mean()])
+                log.step(epoch, step + 1, steps, sums, time.time() - began)
+            loss, accuracy = epoch_means(sums, steps, args, epoch)
+            seconds = time.time() - began
+
+            net.eval()
+            with autocast:
+                test_acc, test_loss = evaluate(lambda x, _: model(data.normalize(x)), data)
+            history.append(dict(epoch=epoch + 1, loss=loss, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
+                                lr=optimizer.param_groups[0]["lr"], images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began))
+            log.epoch(history[-1])
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(optimizer, scaler)))
+        log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
+
+
+# ------------------------------------------------------------------------------------------- shared: flags and errors
+class Parser(argparse.ArgumentParser):
+    """argparse whose error is one line, without the usage; abbreviated flags are refused."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, low, high, above=False):
+    """An argparse type: an int or a float from `low` (itself excluded where `above`) to `high`; NaN is neither."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high or (value == low and not above)):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}")
+        return value
+    return parse
+
+
+def milestones(text):
+    try:
+        epochs = [int(e) for e in text.split(",")]
+    except ValueError:
+        epochs = [0]
+    if epochs != sorted(set(epochs)) or epochs[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be rising whole numbers, as in 60,120,160")
+    return epochs
+
+
+def fail(message, code=2):
+    """End with one line on stderr: code 2 for the user's mistake, 1 for the environment's failure."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def run(main):
+    """The entry point of a script: SIGTERM and Ctrl-C end it at once, with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+# ------------------------------------------------------------------------------------ shared: processes and precision
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init_distributed(args):
+    """torchrun's environment (or its absence) and --device -> the device of this process."""
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        fail("argument --device: cuda asked for, and PyTorch sees no GPU")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def device_name(device):
+    device = torch.device(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
+def set_precision(args, device):
+    """(dtype of the parameters, autocast context, gradient scaler) for --precision; also the flags of cuDNN."""
+    precision = args.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = torch.autocast(device.type, half) if half else nullcontext()
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return precision, torch.float64 if precision == "fp64" else torch.float32, autocast, scaler
+
+
+def parallel(model, args):
+    """Compiled where asked for; gradients averaged over the processes where there are several."""
+    if args.compile:
+        model = torch.compile(model)
+    if world_size() > 1:
+        ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)  # statistics agree already
+    return model
+
+
+def epoch_means(sums, steps, args, epoch):
+    """An epoch's sums over its steps -> means over steps and processes; ends the run if the first, the loss, is not finite."""
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    if not torch.isfinite(sums[0]):
+        kept = f"{args.out}.last keeps an earlier epoch" if os.path.exists(f"{args.out}.last") else "no earlier epoch was saved"
+        fail(f"the loss is not finite in epoch {epoch + 1}; {kept}. Try a smaller --lr, --warmup 0.05, or --precision fp32", 1)
+    return (sums / steps / world_size()).tolist()
+
+
+# ----------------------------------------------------------------------------------- shared: checkpoints and restarts
+FORMAT = 1  # of the checkpoint: raised when a reader of the old one would misread the new
+STAGES = {"teacher": "train_teacher.py", "init": "transfer_init.py", "idsnn": "train_idsnn.py"}
+
+
+def write_atomically(path, payload):
+    """torch.save to memory, write beside the target, fsync, replace: a kill leaves the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    try:
+        write_atomically(path, checkpoint)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); what stood there before is intact", 1)
+
+
+def load_checkpoint(path, stage=None, bare=False):
+    """Read a checkpoint of `stage` (a key of STAGES; None: any), checked: its CRCs, its format, its stage.
+
+    weights_only: a stranger's file cannot run code. bare=True lets a plain state dict (torchvision's) through.
+    Every defect ends in one line that names the file.
+    """
+    wanted = f"a checkpoint of {STAGES[stage]}" if stage else "a checkpoint of this project"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself would take most flipped bits for weights
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+    except FileNotFoundError:
+        fail(f"{path} does not exist: {f'{STAGES[stage]} makes it' if stage else 'give a checkpoint'}")
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror or error})")
+    except Exception:  # zipfile and the unpickler raise a dozen kinds on truncated, foreign and malicious files
+        fail(f"{path} is not {wanted}: truncated, damaged, or no checkpoint at all")
+    if damaged is not None:
+        fail(f"{path} is damaged (checksum of {damaged} does not match): copy or make it again")
+    if bare and isinstance(checkpoint, dict) and "conv1.weight" in checkpoint:
+        return {"format": FORMAT, "stage": stage, "model": checkpoint}
+    if not isinstance(checkpoint, dict) or not {"format", "stage", "model"} <= checkpoint.keys():
+        fail(f"{path} is not {wanted}")
+    if checkpoint["format"] != FORMAT:
+        fail(f"{path} has checkpoint format {checkpoint['format']}, this program reads {FORMAT}: update the program, or make the file again")
+    if stage and checkpoint["stage"] != stage:
+        fail(f"{path} was made by {STAGES.get(checkpoint['stage'], checkpoint['stage'])}; needed is {wanted}")
+    return checkpoint
+
+
+def sha256_file(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def make_checkpoint(stage, arch, model, args, identity, device="cpu", *, data=None, parents=None, metrics=None):
+    """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
+    versions = dict(python=sys.version.split()[0], torch=str(torch.__version__))
+    return dict(format=FORMAT, stage=stage, arch=arch, model=model, config=dict(vars(args)), data=data, metrics=metrics or dict(history=[]),
+                provenance=dict(identity=identity, parents=parents or {}, versions=versions, device=device_name(device),
+                                argv=sys.argv[1:], world_size=world_size(), seed=args.seed))
+
+
+def weights(model, dtype=torch.float32):
+    """state_dict on the CPU, floats in `dtype`, without the prefixes of DDP and torch.compile."""
+    names = ((k.removeprefix("module.").removeprefix("_orig_mod."), v) for k, v in model.state_dict().items())
+    return {k: v.detach().to("cpu", dtype if v.is_floating_point() else None, copy=True) for k, v in names}
+
+
+def resume_state(optimizer, scaler):
+    """What <out>.last holds beyond a checkpoint. The data need nothing: they are drawn from (seed, epoch)."""
+    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return dict(resume=dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng))
+
+
+def restore(checkpoint, model, optimizer, scaler):
+    """Put the state of <out>.last in place; returns the history so far."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["resume"]["optimizer"])
+    scaler.load_state_dict(checkpoint["resume"]["scaler"])
+    torch.set_rng_state(checkpoint["resume"]["rng"][0])
+    if torch.cuda.is_available() and len(checkpoint["resume"]["rng"]) > 1:
+        torch.cuda.set_rng_state(checkpoint["resume"]["rng"][1])
+    return checkpoint["metrics"]["history"]
+
+
+def run_identity(args, stage, data=None, parents=None):
+    """All that decides the result of a run, for telling whether an earlier one was the same."""
+    here, scripts = Path(__file__).parent, list(STAGES.values())
+    sources = ["kernels/lif.py", "kernels/bn_lif.py", *scripts[: 1 + scripts.index(STAGES[stage])]]
+    return dict(config={k: v for k, v in vars(args).items() if k not in ("out", "fresh", "data_dir", "device")},
+                sources={s: sha256_file(here / s) for s in sources if (here / s).exists()},
+                data=data and data.sha256, parents={name: parent["sha256"] for name, parent in (parents or {}).items()})
+
+
+def earlier_run(args, stage, identity):
+    """Resume state that the same command left at <out>.last, or None. Ends here if <out> is finished, refuses if it differs."""
+    if args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # a restarted worker goes on all the same
+        if rank() == 0:
+            Path(f"{args.out}.last").unlink(missing_ok=True)
+        return None
+    for path in (f"{args.out}.last", args.out):
+        if not os.path.exists(path):
+            continue
+        checkpoint = load_checkpoint(path, stage)
+        old = checkpoint["provenance"]["identity"]
+        changed = [f"--{k.replace('_', '-')} was {old['config'].get(k)}, is {v}" for k, v in identity["config"].items() if old["config"].get(k) != v]
+        changed += [f"{s} was edited" for s, h in identity["sources"].items() if old["sources"].get(s) != h]
+        changed += ["the data set changed"] * (old["data"] != identity["data"])
+        changed += [f"the {p} changed" for p, h in identity["parents"].items() if old["parents"].get(p) != h]
+        if changed:
+            fail(f"{path} is of another run ({'; '.join(changed)}): --fresh starts over, another --out keeps both")
+        if path == args.out:
+            if rank() == 0:
+                print(f"{args.out} is finished, by the same command and source: nothing to do (--fresh makes it anew)")
+            raise SystemExit(0)
+        return checkpoint
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- shared: the log
+def claim(out):
+    """Open <out>.jsonl for this run alone: a second run with the same --out refuses, and so does a folder that cannot be written."""
+    if rank() != 0:
+        return None
+    try:
+        file = open(f"{out}.jsonl", "a")
+    except OSError as error:
+        fail(f"argument --out: cannot write {out} ({error.strerror})")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"argument --out: another run is writing {out}")
+    return file
+
+
+def describe_run(args, device, precision):
+    """Header lines of a training run: where it computes, and by what recipe."""
+    schedule = f"step at {', '.join(map(str, args.milestones))}" if args.schedule == "step" else args.schedule
+    return dict(device=f"{device_name(device)}, {precision}, {world_size()} process{'es' * (world_size() > 1)}, torch {torch.__version__}",
+                recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g} {schedule}, warm-up {args.warmup:g}, "
+                       f"weight decay {args.weight_decay:g}, crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}, seed {args.seed}")
+
+
+class Log:
+    """A run's header, progress bar, one row an epoch, the same rows in <out>.jsonl, and its last words."""
+
+    def __init__(self, args, file, header, history):
+        self.args, self.file, self.saved, self.saved_at, self.drawn_at = args, file, len(history), time.time(), 0.0
+        self.console = Console(quiet=rank() != 0, highlight=False, soft_wrap=True)
+        if file:
+            file.truncate(0)  # written anew from the history: no epoch twice after a restart
+            for row in [dict(run=header)] + history:
+                self.write(row)
+        for name, text in header.items():
+            self.console.print(f"[bold]{name:>10}[/]  {escape(text)}")
+        if history:
+            self.console.print(f"[bold]   resumed[/]  {args.out}.last, after epoch {len(history)}")
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+                            console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", total=args.epochs, completed=len(history), status="")
+        self.titled = False
+
+    def write(self, row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def step(self, epoch, done, steps, sums, seconds):
+        """Move the bar, at most twice a second: reading `sums` (of loss and accuracy over the steps done) waits for the device."""
+        if not self.bar.disable and time.time() - self.drawn_at > 0.5:
+            self.drawn_at = time.time()
+            loss, accuracy = (sums[:2] / done).tolist()
+            self.bar.update(self.task, completed=epoch + done / steps, description=f"epoch {epoch + 1}", refresh=True,
+                            status=f"loss {loss:.3f}  {100 * accuracy:.1f}%  {done * self.args.batch_size / seconds:,.0f} images/s")
+
+    def epoch(self, row):
+        """One line of the table, whose columns are the row's own keys, and one of the .jsonl."""
+        shown = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
+        form = {"images_per_s": ",.0f", "lr": ".4g", "epoch": "d"}
+        if not self.titled:
+            self.console.print("  ".join(f"{k:>7}" for k in shown), style="bold")
+            self.titled = True
+        self.console.print("  ".join(f"{v:>{max(7, len(k))}{form.get(k, '.2f')}}" for k, v in shown.items()))
+        if self.file:
+            self.write(row)
+
+    def save_last(self, epochs_done, make_checkpoint):
+        """<out>.last, at the end of an epoch, at most every 30 seconds."""
+        if rank() == 0 and time.time() - self.saved_at > 30:
+            save_checkpoint(f"{self.args.out}.last", make_checkpoint())
+            self.saved, self.saved_at = epochs_done, time.time()
+
+    def finish(self, checkpoint, last_words):
+        if rank() == 0:
+            save_checkpoint(self.args.out, checkpoint)
+            Path(f"{self.args.out}.last").unlink(missing_ok=True)
+        self.console.print(last_words)
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.bar.stop()
+        if self.file:
+            self.file.close()
+        if kind is KeyboardInterrupt:
+            again = f"the same command{' without --fresh' * self.args.fresh} goes on"
+            kept = f"{self.args.out}.last holds {self.saved} epochs: {again}" if self.saved else "no epoch was saved yet"
+            if rank() == 0:
+                print(f"interrupted; {kept}", file=sys.stderr, flush=True)
+            os._exit(130)  # at once: the other processes and the GPU are not waited for
+
+
+if __name__ == "__main__":
+    run(main)
