@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, claim, describe_run, earlier_run, evaluate, fail,
-                           fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, number, parallel, rank,
+                           fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, memory_format, number, parallel, rank,
                            epoch_means, restore, resume_state, run, run_identity, set_precision, sha256_file, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
@@ -43,22 +43,23 @@ class FiringRates:
     """Mean firing rate (spikes per neuron and step) of every spiking layer, over what the network sees in eval mode."""
 
     def __init__(self, model):
-        self.sums = {name: [] for name, m in model.named_modules() if isinstance(m, BatchNormLIF)}
-        for name in self.sums:
-            model.get_submodule(name).register_forward_hook(partial(self.record, name))
+        self.layers = [name for name, m in model.named_modules() if isinstance(m, BatchNormLIF)]
+        self.totals = torch.zeros(len(self.layers), 2, dtype=torch.float64, device=model.fc.weight.device)  # spikes, neuron-steps
+        for i, name in enumerate(self.layers):
+            model.get_submodule(name).register_forward_hook(partial(self.count, i))
 
-    def record(self, name, module, inputs, spikes):
+    def count(self, i, module, inputs, spikes):
         if not module.training:
-            self.sums[name].append(spikes.mean(dtype=torch.float32))
+            self.totals[i, 0] += spikes.sum(dtype=torch.float64)
+            self.totals[i, 1] += spikes.numel()
 
     def read(self):
-        """{layer: rate}, averaged over the processes; starts anew."""
-        rates = torch.stack([torch.stack(means).mean() for means in self.sums.values()])
-        for means in self.sums.values():
-            means.clear()
+        """{layer: rate} over all processes; starts anew."""
         if world_size() > 1:
-            torch.distributed.all_reduce(rates)
-        return dict(zip(self.sums, (rates / world_size()).tolist()))
+            torch.distributed.all_reduce(self.totals)
+        rates = (self.totals[:, 0] / self.totals[:, 1]).tolist()
+        self.totals.zero_()
+        return dict(zip(self.layers, rates))
 
 
 def warn(rates):
@@ -94,7 +95,7 @@ def main(argv=None):
             fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, or say --teacher {path}")
         teacher = ResNet(**checkpoint["arch"])
         teacher.load_state_dict(checkpoint["model"])
-        teacher.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        teacher.to(device, dtype, memory_format=memory_format(device, checkpoint["arch"]["width"])).eval().requires_grad_(False)
 
     data = load_data(args.dataset, args.data_dir)
     for who, path, sizes in [("network", args.init, arch)] + ([("teacher", path, checkpoint["arch"])] if teacher else []):
@@ -106,13 +107,14 @@ def main(argv=None):
     steps = len(data.train_y) // args.batch_size
     identity = run_identity(args, "idsnn", data, parents)
     earlier = earlier_run(args, "idsnn", identity)
-    data.to(device, dtype)
+    layout = memory_format(device, arch["width"])
+    data.to(device, dtype, layout)
 
     torch.manual_seed(args.seed)
     model = SpikingResNet(**arch)
     if not args.no_init:
         model.load_state_dict(init["model"])
-    model.to(device, dtype, memory_format=torch.channels_last)
+    model.to(device, dtype, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
     history = restore(earlier, model, optimizer, scaler) if earlier else []
     firing = FiringRates(model)
@@ -123,7 +125,7 @@ def main(argv=None):
 
     def checkpoint(resume=None):
         best = max(history, key=lambda row: row["test_acc"])["epoch"]
-        return make_checkpoint("idsnn", arch, weights(model, dtype if resume else torch.float32), args, identity, device,
+        return make_checkpoint("idsnn", arch, weights(model), args, identity, device,
                                data=data.describe(), parents=parents, metrics=dict(history=history, best_epoch=best)) | (resume or {})
 
     log = Log(args, log_file, dict(

@@ -1,0 +1,187 @@
+"""Stage 1: data, augmentation, network, schedule."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import train_teacher
+from train_teacher import DEPTHS, BatchNorm2d, Images, ResNet, batches, evaluate, learning_rate, load_data, parse_args
+
+
+def make_folder(root, classes=("cat", "dog", "owl"), train=4, test=2, size=(6, 5), mode="RGB", seed=0):
+    """An image folder of random pixels; returns {(split, class): [array]}."""
+    rng, pixels = np.random.default_rng(seed), {}
+    for split, count in (("train", train), ("test", test)):
+        for c in classes:
+            (root / split / c).mkdir(parents=True)
+            for i in range(count):
+                array = rng.integers(0, 256, size + ((3,) if mode == "RGB" else ()), dtype=np.uint8)
+                Image.fromarray(array).save(root / split / c / f"{i}.png")
+                pixels.setdefault((split, c), []).append(array)
+    return pixels
+
+
+def tiny_data(n=12, size=6, channels=3, classes=3):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(1, 256, (n, size, size, channels), dtype=torch.uint8, generator=g)  # no zeros: zero is padding
+    y = torch.arange(n) % classes
+    return Images("tiny", [str(c) for c in range(classes)], x, y, x[:5], y[:5]).to("cpu", torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------- data
+def test_digits_are_the_uci_digits():
+    data = load_data("digits", "nowhere")
+    assert str(data).startswith("digits: 1,437 + 360 images of 1x8x8, 10 classes")
+    assert data.train_x.max() == 255 and data.train_x.min() == 0
+    # the first image of the set, a zero, is the first held-out one; its first row is 0 0 5 13 9 1 0 0 of 16
+    assert data.test_y[0] == 0
+    assert data.test_x[0, 0, :, 0].tolist() == [v * 255 // 16 for v in (0, 0, 5, 13, 9, 1, 0, 0)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_folder_is_read_cached_and_read_again(tmp_path, mode, monkeypatch):
+    pixels = make_folder(tmp_path / "set", mode=mode)
+    data = load_data(str(tmp_path / "set"), tmp_path / "cache")
+    C = 3 if mode == "RGB" else 1
+    assert data.shape == (C, 6, 5) and data.classes == ["cat", "dog", "owl"]
+    assert data.train_y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(data.test_y) == 6
+    assert np.array_equal(data.train_x[5].numpy().squeeze(), pixels["train", "dog"][1])
+    assert data.mean == pytest.approx(data.train_x.double().div(255).mean((0, 1, 2)).tolist())
+    monkeypatch.setattr(train_teacher, "image", lambda *_: pytest.fail("decoded again"))
+    assert load_data(str(tmp_path / "set"), tmp_path / "cache").sha256 == data.sha256
+    monkeypatch.undo()
+    Image.fromarray(255 - pixels["train", "cat"][0]).save(tmp_path / "set/train/cat/0.png")  # a changed image is noticed
+    assert load_data(str(tmp_path / "set"), tmp_path / "cache").sha256 != data.sha256
+
+
+def test_normalised_training_set_has_zero_mean_and_unit_variance():
+    data = tiny_data(n=50)
+    x = data.normalize(data.train_x.permute(0, 3, 1, 2))
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- augmentation
+def augment(data, *flags, epoch=0, rank=0, world=1):
+    args = parse_args(["--dataset", "tiny", *flags])
+    return list(batches(data, args, epoch, rank, world))
+
+
+def test_crops_are_windows_of_the_zero_padded_image_and_flips_their_mirror():
+    data = tiny_data()
+    seen_flip = seen_shift = False
+    for x, y in augment(data, "--batch-size", "4", "--crop-padding", "2"):
+        for image, label in zip(x, y):
+            windows = {}
+            for i, source in enumerate(data.train_x.permute(0, 3, 1, 2)):
+                padded = F.pad(source, (2, 2, 2, 2))
+                for top in range(5):
+                    for left in range(5):
+                        window = padded[:, top:top + 6, left:left + 6]
+                        windows[window.numpy().tobytes()] = (i, False, (top, left))
+                        windows[window.flip(2).numpy().tobytes()] = (i, True, (top, left))
+            i, flipped, corner = windows[image.contiguous().numpy().tobytes()]  # KeyError: no window of any image
+            assert data.train_y[i] == label
+            seen_flip, seen_shift = seen_flip or flipped, seen_shift or corner != (2, 2)
+    assert seen_flip and seen_shift
+
+
+def test_an_epoch_shows_each_image_once_and_drops_the_incomplete_batch():
+    data = tiny_data(n=11)
+    shown = [tuple(x.flatten().tolist()) for b, _ in augment(data, "--batch-size", "4", "--crop-padding", "0", "--no-flip") for x in b]
+    assert len(shown) == 8 == len(set(shown))
+    assert set(shown) <= {tuple(x.permute(2, 0, 1).flatten().tolist()) for x in data.train_x}
+
+
+def test_ranks_share_the_global_batch_and_every_epoch_differs():
+    data = tiny_data()
+    whole = augment(data, "--batch-size", "6")
+    halves = [augment(data, "--batch-size", "6", rank=r, world=2) for r in range(2)]
+    for step, (x, y) in enumerate(whole):
+        assert torch.equal(x, torch.cat([halves[r][step][0] for r in range(2)]))
+        assert torch.equal(y, torch.cat([halves[r][step][1] for r in range(2)]))
+    same, other = augment(data, "--batch-size", "6"), augment(data, "--batch-size", "6", epoch=1)
+    assert torch.equal(whole[0][0], same[0][0]) and not torch.equal(whole[0][0], other[0][0])
+
+
+def test_no_crop_no_flip_leaves_the_pixels_alone():
+    data = tiny_data()
+    originals = {x.permute(2, 0, 1).numpy().tobytes() for x in data.train_x}
+    assert all(image.contiguous().numpy().tobytes() in originals
+               for x, _ in augment(data, "--batch-size", "4", "--crop-padding", "0", "--no-flip") for image in x)
+
+
+# --------------------------------------------------------------------------------------------- network
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_parameters_are_torchvisions_by_name_and_shape(depth):
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+        ours = ResNet(depth, num_classes=1000, stem="7x7").state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_function_is_torchvisions(depth):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    ours = ResNet(depth, num_classes=1000, stem="7x7").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 65, 70)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_small_stem_keeps_the_resolution():
+    net, sizes = ResNet(18, 10, width=2), []
+    for stage in (net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
+        stage.register_forward_hook(lambda m, i, out: sizes.append(tuple(out.shape[1:])))
+    net(torch.randn(2, 3, 32, 32))
+    assert sizes == [(2, 32, 32), (2, 32, 32), (4, 16, 16), (8, 8, 8), (16, 4, 4)]
+
+
+def test_statistics_update_as_nn_batch_norm_does():
+    x, ours, theirs = torch.randn(4, 3, 2, 2), BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    for _ in range(2):
+        theirs(x)
+        ours.update_statistics(x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), 16)
+    for key, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[key], value, rtol=1e-6), key
+
+
+# -------------------------------------------------------------------------------------------- training
+def test_schedules():
+    rate = lambda *flags: lambda e: learning_rate(parse_args(["--epochs", "10", "--lr", "2", *flags]), e)
+    step = rate()  # the paper's 60, 120, 160 of 200, scaled
+    assert [step(e) for e in (0, 2.9, 3, 6, 8.5)] == pytest.approx([2, 2, 0.2, 0.02, 0.002])
+    assert parse_args([]).milestones == [60, 120, 160]
+    linear = rate("--schedule", "linear", "--warmup", "0.2")
+    assert [linear(e) for e in (0, 1, 2, 6, 10)] == pytest.approx([0, 1, 2, 1, 0])
+    cosine = rate("--schedule", "cosine")
+    assert [cosine(e) for e in (0, 5, 10)] == pytest.approx([2, 1, 0], abs=1e-12)
+
+
+def test_evaluation_counts_every_image_once():
+    data = tiny_data(n=7)
+    data.test_x, data.test_y = data.train_x, data.train_y
+    right = {x.permute(2, 0, 1).numpy().tobytes(): int(y) for x, y in zip(data.train_x[:5], data.train_y)}
+
+    def predict(x, start):  # knows the first five images, is sure of class 0 about the others: of classes 2 and 0
+        return 50 * F.one_hot(torch.tensor([right.get(i.contiguous().numpy().tobytes(), 0) for i in x]), 3).float()
+
+    accuracy, loss = evaluate(predict, data, batch_size=3)
+    assert accuracy == pytest.approx(100 * 6 / 7)
+    assert loss == pytest.approx(50 / 7, rel=1e-6)
+
+
+def test_recipe_is_the_papers():
+    args = parse_args([])
+    assert (args.dataset, args.depth, args.width, args.epochs, args.batch_size) == ("cifar100", 34, 64, 200, 64)
+    assert (args.lr, args.momentum, args.weight_decay, args.crop_padding, args.flip) == (0.05, 0.9, 1e-4, 4, True)
+    digits = parse_args(["--dataset", "digits", "--epochs", "3"])
+    assert (digits.width, digits.crop_padding, digits.flip, digits.epochs) == (16, 1, False, 3)
+    assert math.isclose(learning_rate(digits, 0.75), 0.05)
