@@ -13,9 +13,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, claim, describe_run, earlier_run, evaluate, fail,
-                           fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, memory_format, number, parallel, rank,
-                           epoch_means, restore, resume_state, run, run_identity, set_precision, sha256_file, weights, world_size)
+from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, check_finite, claim, describe_run, earlier_run,
+                           epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, memory_format, number, parallel,
+                           rank, restore, resume_state, run, run_identity, set_precision, sha256_file, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
 
@@ -82,7 +82,6 @@ def main(argv=None):
         arch[name] = getattr(args, name)
     fill_defaults(args, PAPER, digits=DIGITS | dict(epochs=30))
     device = init_distributed(args)
-    log_file = claim(args.out)
     precision, dtype, autocast, scaler = set_precision(args, device)
 
     teacher = None
@@ -98,14 +97,16 @@ def main(argv=None):
         teacher.to(device, dtype, memory_format=memory_format(device, checkpoint["arch"]["width"])).eval().requires_grad_(False)
 
     data = load_data(args.dataset, args.data_dir)
-    for who, path, sizes in [("network", args.init, arch)] + ([("teacher", path, checkpoint["arch"])] if teacher else []):
+    for who, path, sizes, remedy in ([("network", args.init, arch, f"transfer_init.py --dataset {args.dataset} makes one that fits")]
+                                     + ([("teacher", path, checkpoint["arch"], "train one on that data, or say --no-kd")] if teacher else [])):
         if (sizes["num_classes"], sizes["in_channels"]) != (len(data.classes), data.shape[0]):
             fail(f"the {who} in {path} is for {sizes['num_classes']} classes and {sizes['in_channels']} channels, "
-                 f"{args.dataset} has {len(data.classes)} and {data.shape[0]}")
+                 f"{args.dataset} has {len(data.classes)} and {data.shape[0]}: {remedy}")
     if args.batch_size > len(data.train_y):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
     steps = len(data.train_y) // args.batch_size
     identity = run_identity(args, "idsnn", data, parents)
+    log_file = claim(args.out)
     earlier = earlier_run(args, "idsnn", identity)
     layout = memory_format(device, arch["width"])
     data.to(device, dtype, layout)
@@ -155,12 +156,13 @@ def main(argv=None):
                 optimizer.zero_grad()
                 sums += torch.stack([loss.detach(), (scores.argmax(1) == y).to(loss.dtype).mean(), kd.detach()])
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
-            loss, accuracy, kd = epoch_means(sums, steps, args, epoch)
+            loss, accuracy, kd = epoch_means(sums, steps)
             seconds = time.time() - began
 
             net.eval()
             with autocast:
                 test_acc, test_loss = evaluate(lambda x, start: model(model.encode(x, data, noise(0, start))).mean(0), data)
+            check_finite(model, (loss, test_loss), args, epoch)
             rates = firing.read()
             history.append(dict(epoch=epoch + 1, loss=loss, ce=loss - args.alpha * kd, kd=kd, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
                                 firing=sum(rates.values()) / len(rates), lr=optimizer.param_groups[0]["lr"],

@@ -8,6 +8,7 @@ From top to bottom: the recipe, the data, the network, main(); below it the mach
 errors, processes and precision, checkpoints and restarts, the log), which later stages import from here.
 """
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -46,7 +47,7 @@ DIGITS = dict(epochs=20, schedule="linear", warmup=0.25, crop_padding=1, flip=Fa
 def parse_args(argv=None):
     p = Parser(description="Stage 1: train the teacher ResNet.")
     p.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
-    p.add_argument("--depth", type=int, default=34, choices=DEPTHS, help="layers of the ResNet (default 34)")
+    p.add_argument("--depth", type=number(int, 18, 152), default=34, choices=DEPTHS, help="layers of the ResNet (default 34)")
     p.add_argument("--width", type=number(int, 1, 4096), help="channels of the first stage, which scales all others (default 64; digits 16)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: 3x3 for images up to 64 pixels, else ImageNet's 7x7 and max-pool")
     add_training_flags(p, out="r34.pt")
@@ -58,7 +59,7 @@ def parse_args(argv=None):
 def add_training_flags(p, out):
     """The flags that both training stages have. A default of None is filled from the recipe by `fill_defaults`."""
     p.add_argument("--epochs", type=number(int, 1, 9999), help="passes over the training set (default 200)")
-    p.add_argument("--batch-size", type=number(int, 1, 1 << 20), help="images per step over all processes (default 64)")
+    p.add_argument("--batch-size", type=number(int, 2, 1 << 20), help="images per step over all processes (default 64)")
     p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help="peak learning rate of SGD (default 0.05)")
     p.add_argument("--momentum", type=number(float, 0, 1), help="momentum of SGD (default 0.9)")
     p.add_argument("--weight-decay", type=number(float, 0, 1), help="L2 penalty on every parameter (default 1e-4)")
@@ -83,7 +84,7 @@ def fill_defaults(args, recipe, digits):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.milestones is None:
-        args.milestones = [round(args.epochs * share) for share in (0.3, 0.6, 0.8)]
+        args.milestones = [args.epochs * share for share in (0.3, 0.6, 0.8)]
 
 
 def learning_rate(args, epoch):
@@ -161,7 +162,10 @@ def load_data(dataset, data_dir):
             dist.barrier()
         return Images(dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
                       torch.from_numpy(test.data), torch.tensor(test.targets))
-    return load_folder(Path(dataset), Path(data_dir))
+    try:
+        return load_folder(Path(dataset), Path(data_dir))
+    except ValueError as error:
+        fail(f"--dataset {dataset}: {error}")
 
 
 def load_folder(root, data_dir):
@@ -176,7 +180,7 @@ def load_folder(root, data_dir):
     stamp = hashlib.sha256(repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for s in files for f in files[s]]).encode())
     cache = data_dir / f"{root.resolve().name}-{stamp.hexdigest()[:12]}.pt"
     try:
-        return Images(str(root), classes, *torch.load(cache, weights_only=True))
+        return Images(str(root), classes, *read(cache))
     except Exception:  # absent, or damaged: decode again
         pass
     mode = "L" if image(files["train"][0], None).ndim == 2 else "RGB"  # the first image decides
@@ -217,8 +221,8 @@ def image(path, mode):
     try:
         with Image.open(path) as im:
             return np.asarray(im.convert(mode or ("L" if im.mode in ("1", "L") else "RGB")))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
-        fail(f"--dataset: {path} is no image that Pillow can read ({error})")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ... on damaged files; a ValueError: threads may not `fail`
+        raise ValueError(f"{path} is no image that Pillow can read ({error}): replace or remove it") from None
 
 
 def batches(data, args, epoch, rank, world):
@@ -381,7 +385,6 @@ def evaluate(predict, data, batch_size=500):
 def main(argv=None):
     args = parse_args(argv)
     device = init_distributed(args)
-    log_file = claim(args.out)
     precision, dtype, autocast, scaler = set_precision(args, device)
 
     data = load_data(args.dataset, args.data_dir)
@@ -389,6 +392,7 @@ def main(argv=None):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
     steps = len(data.train_y) // args.batch_size
     identity = run_identity(args, "teacher", data)
+    log_file = claim(args.out)
     earlier = earlier_run(args, "teacher", identity)
     layout = memory_format(device, args.width)
     data.to(device, dtype, layout)
@@ -424,12 +428,13 @@ def main(argv=None):
                 optimizer.zero_grad()
                 sums += torch.stack([loss.detach(), (logits.argmax(1) == y).to(loss.dtype).mean()])
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
-            loss, accuracy = epoch_means(sums, steps, args, epoch)
+            loss, accuracy = epoch_means(sums, steps)
             seconds = time.time() - began
 
             net.eval()
             with autocast:
                 test_acc, test_loss = evaluate(lambda x, _: model(data.normalize(x)), data)
+            check_finite(model, (loss, test_loss), args, epoch)
             history.append(dict(epoch=epoch + 1, loss=loss, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
                                 lr=optimizer.param_groups[0]["lr"], images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began))
             log.epoch(history[-1])
@@ -457,7 +462,7 @@ def number(kind, low, high, above=False):
             value = math.nan
         if not (low < value <= high or (value == low and not above)):
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:.7g}")
         return value
     return parse
 
@@ -480,13 +485,17 @@ def fail(message, code=2):
 
 
 def run(main):
-    """The entry point of a script: SIGTERM and Ctrl-C end it at once, with one line."""
+    """The entry point of a script: SIGTERM and Ctrl-C end it at once, with one line; so does want of memory."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        print("interrupted: the same command starts again", file=sys.stderr, flush=True)
         os._exit(130)
+    except RuntimeError as error:  # on GPUs torch.OutOfMemoryError, on CPUs no kind of its own
+        if "allocate" not in str(error):
+            raise
+        fail(f"out of memory ({str(error).splitlines()[0][:120]}): lower --batch-size, --width or --T", 1)
 
 
 # ------------------------------------------------------------------------------------ shared: processes and precision
@@ -508,7 +517,7 @@ def init_distributed(args):
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
-        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes")
+        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes: give a multiple of {world}")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return device
@@ -537,7 +546,8 @@ def set_precision(args, device):
 def memory_format(device, width):
     """Channels-last, the faster one, but for narrow networks on CPUs: there oneDNN (in PyTorch 2.14) writes out of bounds in
     the weight gradient of a strided 1x1 convolution with fewer input channels than a vector register holds."""
-    return torch.channels_last if device.type == "cuda" or width >= 16 else torch.contiguous_format
+    lanes = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    return torch.channels_last if device.type == "cuda" or width >= lanes else torch.contiguous_format
 
 
 def parallel(model, args):
@@ -550,18 +560,24 @@ def parallel(model, args):
     return model
 
 
-def epoch_means(sums, steps, args, epoch):
-    """An epoch's sums over its steps -> means over steps and processes; ends the run if the first, the loss, is not finite."""
+def epoch_means(sums, steps):
+    """An epoch's sums over its steps -> means over steps and processes."""
     if world_size() > 1:
         dist.all_reduce(sums)
-    if not torch.isfinite(sums[0]):
-        kept = f"{args.out}.last keeps an earlier epoch" if os.path.exists(f"{args.out}.last") else "no earlier epoch was saved"
-        fail(f"the loss is not finite in epoch {epoch + 1}; {kept}. Try a smaller --lr, --warmup 0.05, or --precision fp32", 1)
     return (sums / steps / world_size()).tolist()
+
+
+def check_finite(model, losses, args, epoch):
+    """End the run after an epoch in which a loss or a weight stopped being finite (a spiking layer of NaNs is merely silent)."""
+    bad = ["the loss"] * (not math.isfinite(sum(losses))) + [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
+    if bad:
+        kept = f"{args.out}.last keeps an earlier epoch" if os.path.exists(f"{args.out}.last") else "no earlier epoch was saved"
+        fail(f"{bad[0]} is not finite in epoch {epoch + 1}; {kept}. Try a smaller --lr, --warmup 0.05, or --precision fp32", 1)
 
 
 # ----------------------------------------------------------------------------------- shared: checkpoints and restarts
 FORMAT = 1  # of the checkpoint: raised when a reader of the old one would misread the new
+SAVE_EVERY = 30  # seconds, at least, between two writes of <out>.last
 STAGES = {"teacher": "train_teacher.py", "init": "transfer_init.py", "idsnn": "train_idsnn.py"}
 
 
@@ -580,6 +596,14 @@ def write_atomically(path, payload):
         Path(temporary).unlink(missing_ok=True)
 
 
+def read(path):
+    """torch.load of tensors and plain values alone, after the archive's checksums: torch.load takes most flipped bits for data."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def save_checkpoint(path, checkpoint):
     try:
         write_atomically(path, checkpoint)
@@ -587,7 +611,7 @@ def save_checkpoint(path, checkpoint):
         fail(f"cannot write {path} ({error.strerror}); what stood there before is intact", 1)
 
 
-def load_checkpoint(path, stage=None, bare=False):
+def load_checkpoint(path, stage=None, bare=False, remedy="copy or make it again"):
     """Read a checkpoint of `stage` (a key of STAGES; None: any), checked: its CRCs, its format, its stage.
 
     weights_only: a stranger's file cannot run code. bare=True lets a plain state dict (torchvision's) through.
@@ -595,25 +619,23 @@ def load_checkpoint(path, stage=None, bare=False):
     """
     wanted = f"a checkpoint of {STAGES[stage]}" if stage else "a checkpoint of this project"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself would take most flipped bits for weights
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+        checkpoint = read(path)
     except FileNotFoundError:
         fail(f"{path} does not exist: {f'{STAGES[stage]} makes it' if stage else 'give a checkpoint'}")
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror or error})")
     except Exception:  # zipfile and the unpickler raise a dozen kinds on truncated, foreign and malicious files
-        fail(f"{path} is not {wanted}: truncated, damaged, or no checkpoint at all")
-    if damaged is not None:
-        fail(f"{path} is damaged (checksum of {damaged} does not match): copy or make it again")
-    if bare and isinstance(checkpoint, dict) and "conv1.weight" in checkpoint:
+        fail(f"{path} is truncated, damaged or not {wanted}: {remedy}")
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    if bare and isinstance(checkpoint.get("conv1.weight"), torch.Tensor):
         return {"format": FORMAT, "stage": stage, "model": checkpoint}
-    if not isinstance(checkpoint, dict) or not {"format", "stage", "model"} <= checkpoint.keys():
-        fail(f"{path} is not {wanted}")
-    if checkpoint["format"] != FORMAT:
+    if checkpoint.get("format", FORMAT) != FORMAT:
         fail(f"{path} has checkpoint format {checkpoint['format']}, this program reads {FORMAT}: update the program, or make the file again")
-    if stage and checkpoint["stage"] != stage:
-        fail(f"{path} was made by {STAGES.get(checkpoint['stage'], checkpoint['stage'])}; needed is {wanted}")
+    if not {"format", "stage", "arch", "model", "config", "data", "metrics", "provenance"} <= checkpoint.keys():
+        fail(f"{path} is not {wanted}: {remedy}")
+    if checkpoint["stage"] not in ([stage] if stage else STAGES):
+        fail(f"{path} was made by {STAGES.get(checkpoint['stage'], checkpoint['stage'])}, needed is {wanted}: {remedy}")
     return checkpoint
 
 
@@ -664,14 +686,16 @@ def run_identity(args, stage, data=None, parents=None):
 
 def earlier_run(args, stage, identity):
     """Resume state that the same command left at <out>.last, or None. Ends here if <out> is finished, refuses if it differs."""
+    if os.path.isfile(args.out) and sha256_file(args.out) in identity["parents"].values():
+        fail(f"argument --out: {args.out} is what this run starts from: give another name")
     if args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # a restarted worker goes on all the same
         if rank() == 0:
             Path(f"{args.out}.last").unlink(missing_ok=True)
         return None
-    for path in (f"{args.out}.last", args.out):
+    for path in [f"{args.out}.last"] + [args.out] * (not args.fresh):
         if not os.path.exists(path):
             continue
-        checkpoint = load_checkpoint(path, stage)
+        checkpoint = load_checkpoint(path, stage, remedy="--fresh starts over, another --out keeps it")
         old = checkpoint["provenance"]["identity"]
         changed = [f"--{k.replace('_', '-')} was {old['config'].get(k)}, is {v}" for k, v in identity["config"].items() if old["config"].get(k) != v]
         changed += [f"{s} was edited" for s, h in identity["sources"].items() if old["sources"].get(s) != h]
@@ -694,21 +718,25 @@ def claim(out):
         return None
     try:
         file = open(f"{out}.jsonl", "a")
-    except OSError as error:
-        fail(f"argument --out: cannot write {out} ({error.strerror})")
-    if fcntl:
-        try:
+        if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"argument --out: another run is writing {out}")
+        for path in (out, f"{out}.last"):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, f"{path} is a folder")
+            open(f"{path}.tmp", "wb").close()  # can a checkpoint be written here? and away with what a killed run left
+            os.unlink(f"{path}.tmp")
+    except BlockingIOError:
+        fail(f"argument --out: another run is writing {out}: wait for it, or give another name")
+    except OSError as error:
+        fail(f"argument --out: cannot write {out} ({error.strerror}): give a file in a folder that exists and can be written")
     return file
 
 
 def describe_run(args, device, precision):
     """Header lines of a training run: where it computes, and by what recipe."""
-    schedule = f"step at {', '.join(map(str, args.milestones))}" if args.schedule == "step" else args.schedule
+    schedule = f"x0.1 at {', '.join(f'{m:g}' for m in args.milestones)}" if args.schedule == "step" else args.schedule
     return dict(device=f"{device_name(device)}, {precision}, {world_size()} process{'es' * (world_size() > 1)}, torch {torch.__version__}",
-                recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g} {schedule}, warm-up {args.warmup:g}, "
+                recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g}, {schedule}, warm-up {args.warmup:g}, "
                        f"weight decay {args.weight_decay:g}, crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}, seed {args.seed}")
 
 
@@ -732,8 +760,10 @@ class Log:
         self.titled = False
 
     def write(self, row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            os.write(self.file.fileno(), (json.dumps(row) + "\n").encode())  # unbuffered: nothing is left that could fail in close()
+        except OSError as error:
+            fail(f"cannot write {self.file.name} ({error.strerror}); the checkpoints are intact: the same command goes on", 1)
 
     def step(self, epoch, done, steps, sums, seconds):
         """Move the bar, at most twice a second: reading `sums` (of loss and accuracy over the steps done) waits for the device."""
@@ -755,8 +785,8 @@ class Log:
             self.write(row)
 
     def save_last(self, epochs_done, make_checkpoint):
-        """<out>.last, at the end of an epoch, at most every 30 seconds."""
-        if rank() == 0 and time.time() - self.saved_at > 30:
+        """<out>.last, at the end of an epoch, at most every SAVE_EVERY seconds."""
+        if rank() == 0 and time.time() - self.saved_at > SAVE_EVERY:
             save_checkpoint(f"{self.args.out}.last", make_checkpoint())
             self.saved, self.saved_at = epochs_done, time.time()
 
@@ -776,7 +806,7 @@ class Log:
             self.file.close()
         if kind is KeyboardInterrupt:
             again = f"the same command{' without --fresh' * self.args.fresh} goes on"
-            kept = f"{self.args.out}.last holds {self.saved} epochs: {again}" if self.saved else "no epoch was saved yet"
+            kept = f"{self.args.out}.last holds {self.saved} epochs: {again}" if self.saved else "no epoch was saved yet: the same command starts again"
             if rank() == 0:
                 print(f"interrupted; {kept}", file=sys.stderr, flush=True)
             os._exit(130)  # at once: the other processes and the GPU are not waited for

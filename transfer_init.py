@@ -25,7 +25,7 @@ from train_teacher import (DEPTHS, BasicBlock, BatchNorm2d, Bottleneck, Parser, 
 def parse_args(argv=None):
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
     p.add_argument("--src", required=True, help="the teacher: a checkpoint of train_teacher.py, or a ResNet's bare state dict")
-    p.add_argument("--depth", type=int, default=18, choices=DEPTHS, help="layers of the Spiking ResNet (default 18)")
+    p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS, help="layers of the Spiking ResNet (default 18)")
     p.add_argument("--width", type=number(int, 1, 4096), help="channels of its first stage (default: the teacher's)")
     p.add_argument("--block", default="basic", choices=["basic", "sew"], help="basic: LIF after the residual add (Fig. 1b, default); sew: before it (Fig. 1c)")
     p.add_argument("--block-map", default="spread", choices=["spread", "first"], help="which teacher block fills block j of a stage: at its relative position (the paper's text, default), or block min(j, n-1) (the authors' code)")
@@ -199,7 +199,10 @@ def describe_dataset(dataset):
     first = next((f for f in sorted((Path(dataset) / "train" / classes[0]).glob("*")) if f.name[0] != "."), None)
     if first is None:
         fail(f"--dataset {dataset}: class {classes[0]!r} has no images in train/")
-    pixels = image(first, None)
+    try:
+        pixels = image(first, None)
+    except ValueError as error:
+        fail(f"--dataset {dataset}: {error}")
     return len(classes), (3 if pixels.ndim == 3 else 1, *pixels.shape[:2])
 
 
@@ -228,8 +231,8 @@ def main(argv=None):
         rows = transfer(student, teacher["model"], args.block_map, args.shortcut)
     except ValueError as error:
         fail(f"{args.src}: {error}: give --depth of the same kind")
-    except KeyError as error:
-        fail(f"{args.src} has no {error}: not the weights of a ResNet")
+    except (KeyError, IndexError, RuntimeError) as error:
+        fail(f"{args.src} does not hold the weights of a ResNet under torchvision's names ({str(error).splitlines()[0]})")
 
     table = Table("layer of the student", "from the teacher's", "how", box=None, pad_edge=False)
     for row in rows:
