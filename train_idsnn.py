@@ -63,11 +63,12 @@ class FiringRates:
 
 
 def warn(rates):
-    """One line for layers that no gradient reaches because they never fire, or say nothing because they always do."""
-    for what, remedy, layers in (("never fires", "try a lower --v-th, a wider --lens, a lower --lr or --warmup 0.05", [n for n, r in rates.items() if r == 0]),
-                                 ("always fires", "try a higher --v-th or a lower --lr", [n for n, r in rates.items() if r > 0.999])):
+    """One line for layers that no gradient reaches because they never fire, or that say nothing because they always do."""
+    for what, layers, remedy in (("never fires", [n for n, r in rates.items() if r == 0], "a lower --v-th, a wider --lens or a lower --lr"),
+                                 ("always fires", [n for n, r in rates.items() if r > 0.999], "a higher --v-th or a lower --lr")):
         if layers:
-            yield f"[yellow]warning: {layers[0]}{f' and {len(layers) - 1} other layers' if len(layers) > 1 else ''} {what}: {remedy}[/]"
+            others = f" (as do {len(layers) - 1} more)" if len(layers) > 1 else ""
+            yield f"[yellow]warning: {layers[0]} {what}{others}: try {remedy}[/]"
 
 
 def main(argv=None):

@@ -8,7 +8,6 @@ From top to bottom: the recipe, the data, the network, main(); below it the mach
 errors, processes and precision, checkpoints and restarts, the log), which later stages import from here.
 """
 import argparse
-import errno
 import hashlib
 import io
 import json
@@ -689,8 +688,8 @@ def earlier_run(args, stage, identity):
     if os.path.isfile(args.out) and sha256_file(args.out) in identity["parents"].values():
         fail(f"argument --out: {args.out} is what this run starts from: give another name")
     if args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # a restarted worker goes on all the same
-        if rank() == 0:
-            Path(f"{args.out}.last").unlink(missing_ok=True)
+        if rank() == 0 and os.path.exists(f"{args.out}.last"):
+            os.unlink(f"{args.out}.last")
         return None
     for path in [f"{args.out}.last"] + [args.out] * (not args.fresh):
         if not os.path.exists(path):
@@ -716,13 +715,13 @@ def claim(out):
     """Open <out>.jsonl for this run alone: a second run with the same --out refuses, and so does a folder that cannot be written."""
     if rank() != 0:
         return None
+    if os.path.isdir(out):
+        fail(f"argument --out: {out} is a folder: give a file")
     try:
         file = open(f"{out}.jsonl", "a")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for path in (out, f"{out}.last"):
-            if os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, f"{path} is a folder")
             open(f"{path}.tmp", "wb").close()  # can a checkpoint be written here? and away with what a killed run left
             os.unlink(f"{path}.tmp")
     except BlockingIOError:

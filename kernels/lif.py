@@ -1,0 +1,425 @@
+"""The multi-step LIF neuron with the rectangular surrogate, fused over time (paper eq. 2-4).
+
+    U[t]  = U[t-1] * decay * (1 - F[t-1]) + X[t],  U[-1] = 0        decay = exp(-1/tau)         (2)
+    F[t]  = 1 if U[t] > v_th else 0                                 strict; hard reset to 0     (3)
+    dF/dU = 1/(2*lens) if |U - v_th| < lens else 0                  strict; lens = half-width   (4)
+
+Backward, from the last step to the first, with w[t] = |U[t] - v_th| < lens:
+
+    detached reset     dU[t] = g[t]*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])
+    plain derivative   dU[t] = (g[t] - dU[t+1]*U[t]*decay)*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])       dX[t] = dU[t]
+
+With the reset detached, two bits per neuron-step are the whole saved state: F and w, packed over T, four steps a byte
+(byte t//4, F in bit 2*(t%4), w in the bit above). The plain derivative saves X and recomputes U in registers.
+Least traffic per neuron-step at T = 4, forward + backward, in bytes (bf16 / fp32):
+
+    detached reset     read X, write F, write bits 4.25 / 8.25;  read g, read bits, write dX 4.25 / 8.25  =  8.5 / 16.5
+    plain derivative   read X, write F             4    / 8;     read g, read X, write dX    6    / 12    =  10  / 20
+
+`lif_reference` is the specification. What follows it computes the same numbers, bit for bit in fp32: the state is fp32
+whatever the dtype of X, the operations come in one order, nothing is divided, no multiply-add is contracted.
+
+For other fused neurons (bn_lif.py), on flat (T, N) memory, N neurons: `forward_torch`, `backward_torch` and
+`backward_full_torch` are the PyTorch path; `fire`, `pack` and `backward_step` are one time-step of a Triton kernel;
+`planes_like` and `flat` make and view memory whose N neurons lie in any dense order.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: everything runs on PyTorch
+    triton = None
+
+MAX_T = 32  # the kernels unroll over T
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
+
+
+# ---------------------------------------------------------------------------------------------- the specification
+
+class _Spike(torch.autograd.Function):
+    """Eq. 3 forward, eq. 4 backward."""
+
+    @staticmethod
+    def forward(ctx, u, v_th, lens):
+        ctx.save_for_backward(u)
+        ctx.v_th, ctx.lens = v_th, lens
+        return (u > v_th).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        u, = ctx.saved_tensors
+        window = ((u - ctx.v_th).abs() < ctx.lens).to(u.dtype)
+        return g * (window * (1 / (2 * ctx.lens))), None, None
+
+
+def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
+    """Paper eq. 2-4 as they stand, a loop over t, differentiated by autograd: (T, ...) -> (T, ...), same dtype.
+
+    The state is fp32 for bf16 and fp16 input, fp64 for fp64. Slow; everything else is tested against it.
+    """
+    u = f = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    spikes = []
+    for t in range(x.shape[0]):
+        u = u * decay * (1 - (f.detach() if detach_reset else f)) + x[t].to(u.dtype)
+        f = _Spike.apply(u, v_th, lens)
+        spikes.append(f.to(x.dtype))
+    return torch.stack(spikes)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+def plane_strides(x):
+    """Strides of a dense copy of x[0] that keeps the memory order of its dimensions; x[0]'s own if it is dense."""
+    return torch.empty_like(x[0], device="meta").stride()
+
+
+def planes_like(x, T, dtype=None):
+    """Empty (T, ...) whose planes are dense and lie one after another, each in the memory order of x[0]."""
+    return x.new_empty_strided((T, *x.shape[1:]), (x[0].numel(), *plane_strides(x)), dtype=dtype or x.dtype)
+
+
+def flat(x, like=None):
+    """x as flat (T, N) memory in the order of like[0] (of x[0]): a view if x lies so, else a copy. T-stride is N or 0."""
+    T, N, strides = x.shape[0], x[0].numel(), plane_strides(x if like is None else like)
+    dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
+    if not dense or T > 1 and x.stride(0) not in (0, N):
+        x = x.new_empty_strided(x.shape, (N, *strides)).copy_(x)
+    return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
+
+
+# ---------------------------------------------------------------------------------------------- PyTorch path
+# every operation writes into a buffer that stays in the cache while a chunk of neurons runs through all its steps.
+# masks are 0.0 and 1.0 in the dtype of the state: on CPUs bool tensors cost ten times as much as float ones.
+# a product with such a mask is exact, so addcmul rounds the same whether or not it contracts its multiply-add.
+
+def _chunks(x):
+    N = x.shape[1]
+    size = 32768 * torch.get_num_threads() if x.device.type == "cpu" else max(N, 1)
+    return (slice(i, min(i + size, N)) for i in range(0, N, size))
+
+
+def _buffers(x, s, n):
+    return x.new_empty(n, s.stop - s.start, dtype=torch.promote_types(x.dtype, torch.float32)).unbind()
+
+
+def forward_torch(x, spikes, bits, decay, v_th, lens):
+    """x (T, N) -> spikes (T, N) and, unless None, bits (ceil(T/4), N) uint8. Any float dtypes."""
+    T = x.shape[0]
+    for s in _chunks(x):
+        leak, keep, dist, code, u_out = _buffers(x, s, 5)
+        for t in range(T):
+            u, f = x[t, s].to(leak.dtype), spikes[t, s]
+            if t:
+                u = torch.addcmul(u, leak, keep, out=u_out)
+            torch.gt(u, v_th, out=f)
+            if t < T - 1:
+                torch.mul(u, decay, out=leak)
+                torch.le(u, v_th, out=keep)  # 1 - F
+            if bits is not None:
+                window = torch.sub(u, v_th, out=dist).abs_().lt_(lens)
+                if t % 4 == 0:
+                    torch.add(f, window, alpha=2, out=code)
+                else:
+                    code.add_(f, alpha=4 ** (t % 4)).add_(window, alpha=2 * 4 ** (t % 4))
+                if t % 4 == 3 or t == T - 1:
+                    bits[t // 4, s] = code
+
+
+def backward_torch(g, bits, dx, decay, lens):
+    """Detached reset: g (T, N), bits (ceil(T/4), N) -> dx (T, N)."""
+    T = g.shape[0]
+    for s in _chunks(g):
+        window, keep, next_du, du_out = _buffers(g, s, 4)
+        byte, bit = bits.new_empty(2, s.stop - s.start)
+        for t in reversed(range(T)):
+            k = 2 * (t % 4)
+            if t % 4 == 3 or t == T - 1:
+                torch.bitwise_xor(bits[t // 4, s], 0b01010101, out=byte)  # 1 - F beside each w
+            window.copy_(torch.bitwise_and(byte, 2 << k, out=bit)).mul_(1 / (2 * lens) / (2 << k))  # inv or 0, exact
+            du = torch.mul(g[t, s].to(keep.dtype), window, out=dx[t, s] if dx.dtype == keep.dtype else du_out)
+            if t < T - 1:
+                keep.copy_(torch.bitwise_and(byte, 1 << k, out=bit))
+                du.addcmul_(next_du, keep, value=1 / (1 << k))
+            if t:
+                torch.mul(du, decay, out=next_du)
+            if du is du_out:
+                dx[t, s] = du
+
+
+def backward_full_torch(g, x, dx, decay, v_th, lens):
+    """Plain derivative: g (T, N), x (T, N) -> dx (T, N)."""
+    T = g.shape[0]
+    for s in _chunks(g):
+        window, keep, next_du, leak, du_out, *us = _buffers(g, s, 5 + T)
+        for t in range(T):
+            u = x[t, s].to(leak.dtype)
+            us[t] = u = torch.addcmul(u, torch.mul(us[t - 1], decay, out=leak), keep, out=us[t]) if t else u
+            torch.le(u, v_th, out=keep)
+        for t in reversed(range(T)):
+            u, gt = us[t], g[t, s].to(leak.dtype)
+            torch.sub(u, v_th, out=window).abs_().lt_(lens).mul_(1 / (2 * lens))
+            if t < T - 1:
+                gt = torch.sub(gt, torch.mul(u, decay, out=leak).mul_(du), out=leak)
+                torch.mul(du, decay, out=next_du)
+                torch.le(u, v_th, out=keep)
+            du = torch.mul(gt, window, out=dx[t, s] if dx.dtype == keep.dtype else du_out)
+            if t < T - 1:
+                du.addcmul_(next_du, keep)
+            if du is du_out:
+                dx[t, s] = du
+
+
+# ---------------------------------------------------------------------------------------------- Triton kernels
+# T is unrolled, N is a run-time value: one compiled variant for N divisible by 16 (128-bit loads and stores), one for
+# the rest. masks become factors (decay or 0, inv or 0), which is the specification's own product.
+
+if triton is not None:
+
+    @triton.jit
+    def fire(leak, x, v_th, lens):
+        """One step: what leaked through (0 after a spike) and the input -> U (eq. 2), F (eq. 3), window (eq. 4)."""
+        u = leak + x
+        return u, u > v_th, tl.abs(u - v_th) < lens
+
+    @triton.jit
+    def pack(code, fired, window, t):
+        """Put step t's two bits into the byte."""
+        return code | ((fired.to(tl.int32) | (window.to(tl.int32) << 1)) << (2 * (t % 4)))
+
+    @triton.jit
+    def backward_step(g, du, code, t, decay, inv):
+        """dU[t+1] -> dU[t] with the reset detached, from step t's two bits."""
+        code = code >> (2 * (t % 4))
+        return g * tl.where((code & 2) != 0, inv, 0.0) + du * tl.where((code & 1) != 0, 0.0, decay)
+
+    @triton.jit(do_not_specialize=["step"])
+    def _forward_kernel(X, F, Bits, N: tl.int64, step, decay, v_th, lens, T: tl.constexpr, SAVE: tl.constexpr,
+                        BLOCK: tl.constexpr):
+        """Eq. 2-3. Reads X, writes F, and with SAVE two bits. X moves on by step*N a time-step, step 0 or 1."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < N
+        leak = tl.zeros([BLOCK], tl.float32)
+        code = tl.zeros([BLOCK], tl.int32)
+        for t in tl.static_range(T):
+            x = tl.load(X + t * step * N + n, inside, 0).to(tl.float32)
+            u, fired, window = fire(leak, x, v_th, lens)
+            tl.store(F + t * N + n, tl.where(fired, 1.0, 0.0), inside)
+            leak = u * tl.where(fired, 0.0, decay)
+            if SAVE:
+                code = pack(code, fired, window, t)
+                if t % 4 == 3 or t == T - 1:
+                    tl.store(Bits + t // 4 * N + n, code, inside)
+                    code = tl.zeros([BLOCK], tl.int32)
+
+    @triton.jit(do_not_specialize=["step"])
+    def _backward_kernel(G, Bits, DX, N: tl.int64, step, decay, inv, T: tl.constexpr, BLOCK: tl.constexpr):
+        """Detached reset. Reads g and two bits, writes dX. G moves on by step*N a time-step, step 0 or 1."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < N
+        du = tl.zeros([BLOCK], tl.float32)
+        code = tl.zeros([BLOCK], tl.int32)
+        for t in tl.static_range(T - 1, -1, -1):
+            if t % 4 == 3 or t == T - 1:
+                code = tl.load(Bits + t // 4 * N + n, inside, 0).to(tl.int32)
+            g = tl.load(G + t * step * N + n, inside, 0).to(tl.float32)
+            du = backward_step(g, du, code, t, decay, inv)
+            tl.store(DX + t * N + n, du, inside)
+
+    @triton.jit(do_not_specialize=["g_step", "x_step"])
+    def _backward_full_kernel(G, X, DX, N: tl.int64, g_step, x_step, decay, v_th, lens, inv, T: tl.constexpr,
+                              BLOCK: tl.constexpr):
+        """Plain derivative. Reads X, recomputes U into registers, reads g, writes dX."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < N
+        leak = tl.zeros([BLOCK], tl.float32)
+        us = ()
+        for t in tl.static_range(T):
+            x = tl.load(X + t * x_step * N + n, inside, 0).to(tl.float32)
+            u, fired, window = fire(leak, x, v_th, lens)
+            leak = u * tl.where(fired, 0.0, decay)
+            us = us + (u,)
+        du = tl.zeros([BLOCK], tl.float32)
+        for t in tl.static_range(T - 1, -1, -1):
+            u = us[t]
+            g = tl.load(G + t * g_step * N + n, inside, 0).to(tl.float32)
+            if t < T - 1:
+                g = g - du * (u * decay)
+            window = tl.abs(u - v_th) < lens
+            du = g * tl.where(window, inv, 0.0) + du * tl.where(u > v_th, 0.0, decay)
+            tl.store(DX + t * N + n, du, inside)
+
+
+def block_size(itemsize, T=1):
+    """Neurons per program: 16 bytes for each of 128 threads, fewer where T potentials a neuron stay in registers."""
+    return 128 * 16 // itemsize // (1 if T <= 8 else 2 if T <= 16 else 4)
+
+
+def _launch(kernel, block, x, *args, **flags):
+    """Multiply-adds stay apart (no contraction), as in the specification."""
+    T, N = x.shape
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(N, block),)](x, *args, **flags, T=T, BLOCK=block, num_warps=4, enable_fp_fusion=False)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+# functional, so that torch.compile may reorder them; idsnn::lif alone serves inference and the plain derivative.
+
+def _step(x):
+    return int(x.stride(0) != 0)  # 0: one plane, the same current each step
+
+
+@torch.library.custom_op("idsnn::lif", mutates_args=())
+def _lif(x: torch.Tensor, decay: float, v_th: float, lens: float, impl: str) -> torch.Tensor:
+    spikes = planes_like(x, x.shape[0])
+    X, F = flat(x), flat(spikes)
+    if impl == "torch":
+        forward_torch(X, F, None, decay, v_th, lens)
+    elif X.numel():
+        _launch(_forward_kernel, block_size(X.element_size()), X, F, F, X.shape[1], _step(X), decay, v_th, lens, SAVE=False)
+    return spikes
+
+
+@torch.library.custom_op("idsnn::lif_train", mutates_args=())
+def _lif_train(x: torch.Tensor, decay: float, v_th: float, lens: float, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    T = x.shape[0]
+    spikes, bits = planes_like(x, T), planes_like(x, (T + 3) // 4, torch.uint8)
+    X, F, B = flat(x), flat(spikes), flat(bits)
+    if impl == "torch":
+        forward_torch(X, F, B, decay, v_th, lens)
+    elif X.numel():
+        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X), decay, v_th, lens, SAVE=True)
+    return spikes, bits
+
+
+@torch.library.custom_op("idsnn::lif_backward", mutates_args=())
+def _lif_backward(g: torch.Tensor, bits: torch.Tensor, decay: float, lens: float, impl: str) -> torch.Tensor:
+    dx = planes_like(bits, g.shape[0], g.dtype)
+    G, B, D = flat(g, bits), flat(bits), flat(dx)
+    if impl == "torch":
+        backward_torch(G, B, D, decay, lens)
+    elif G.numel():
+        _launch(_backward_kernel, block_size(G.element_size()), G, B, D, G.shape[1], _step(G), decay, 1 / (2 * lens))
+    return dx
+
+
+@torch.library.custom_op("idsnn::lif_backward_full", mutates_args=())
+def _lif_backward_full(g: torch.Tensor, x: torch.Tensor, decay: float, v_th: float, lens: float,
+                       impl: str) -> torch.Tensor:
+    dx = planes_like(x, x.shape[0])
+    G, X, D = flat(g, dx), flat(x), flat(dx)
+    if impl == "torch":
+        backward_full_torch(G, X, D, decay, v_th, lens)
+    elif G.numel():
+        _launch(_backward_full_kernel, block_size(X.element_size(), len(X)), G, X, D, G.shape[1], _step(G), _step(X),
+                decay, v_th, lens, 1 / (2 * lens))
+    return dx
+
+
+@_lif.register_fake
+def _(x, decay, v_th, lens, impl):
+    return planes_like(x, x.shape[0])
+
+
+@_lif_train.register_fake
+def _(x, decay, v_th, lens, impl):
+    return planes_like(x, x.shape[0]), planes_like(x, (x.shape[0] + 3) // 4, torch.uint8)
+
+
+@_lif_backward.register_fake
+def _(g, bits, decay, lens, impl):
+    return planes_like(bits, g.shape[0], g.dtype)
+
+
+@_lif_backward_full.register_fake
+def _(g, x, decay, v_th, lens, impl):
+    return planes_like(x, x.shape[0])
+
+
+def _save(ctx, inputs, output):
+    x, *ctx.args = inputs
+    ctx.save_for_backward(output[1] if isinstance(output, tuple) else x)
+
+
+def _once():
+    if torch.is_grad_enabled():  # true in a backward only with create_graph=True
+        raise RuntimeError("lif has no second derivative: take its gradient without create_graph=True")
+
+
+def _backward(ctx, g):
+    _once()
+    return _lif_backward_full(g, *ctx.saved_tensors, *ctx.args), None, None, None, None
+
+
+def _backward_train(ctx, g, _):
+    _once()
+    decay, v_th, lens, impl = ctx.args
+    return _lif_backward(g, *ctx.saved_tensors, decay, lens, impl), None, None, None, None
+
+
+_lif.register_autograd(_backward, setup_context=_save)
+_lif_train.register_autograd(_backward_train, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------- what users call
+
+def choose_impl(x, T, impl):
+    """"triton" or "torch" for T steps of x; raises where Triton is forced and cannot run."""
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f"impl must be None, 'torch' or 'triton', not {impl!r}")
+    if impl == "torch":
+        return "torch"
+    fits = x.dtype != torch.float64 and 1 <= T <= MAX_T
+    if impl is None:
+        return "triton" if triton is not None and x.is_cuda and fits else "torch"
+    if triton is None:
+        raise ValueError("impl='triton', but triton is not installed")
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(f"impl='triton' needs a CUDA tensor, x is on {x.device} (or set TRITON_INTERPRET=1)")
+    if not 1 <= T <= MAX_T:
+        raise ValueError(f"impl='triton' takes 1 to {MAX_T} time-steps, not {T}")
+    if x.dtype == torch.float64:
+        raise TypeError("impl='triton' has no float64, use impl='torch'")
+    return "triton"
+
+
+def check_neuron(decay, v_th, lens):
+    """The neuron's constants as floats; raises where one is out of range."""
+    decay, v_th, lens = float(decay), float(v_th), float(lens)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must lie in 0 to 1, not {decay}")
+    if not float("-inf") < v_th < float("inf"):
+        raise ValueError(f"v_th must be finite, not {v_th}")
+    if not 0 < lens < float("inf"):
+        raise ValueError(f"lens must be positive and finite, not {lens}")
+    return decay, v_th, lens
+
+
+def lif(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True, impl=None):
+    """Spikes of stateless LIF neurons over T time-steps (paper eq. 2-4); every call starts from U = 0.
+
+    x             (T, ...) input current, float32, bfloat16, float16 or float64; the state is fp32 (fp64 for fp64)
+    decay         exp(-1/tau), 0 to 1
+    v_th          firing threshold
+    lens          half-width of the surrogate's window
+    detach_reset  no gradient through the reset factor 1 - F[t-1], as in the authors' code; False: the plain derivative
+    impl          None: Triton on CUDA (up to 32 steps, not float64), PyTorch elsewhere; "torch" or "triton" forces one
+
+    Returns (T, ...) spikes, 0 or 1, in x's dtype and memory layout. x isn't copied if each time-step is dense, in any
+    order of dimensions, and T is the outermost dimension or expanded. No gradient, nothing saved; else two bits per
+    neuron-step (x itself with detach_reset=False). Second derivatives are refused with a RuntimeError. Raises TypeError
+    for a wrong dtype, ValueError for anything else out of range.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise ValueError(f"x must be (T, ...) with T >= 1, not {tuple(x.shape)}")
+    args = *check_neuron(decay, v_th, lens), choose_impl(x, x.shape[0], impl)
+    if detach_reset and torch.is_grad_enabled() and x.requires_grad:
+        return _lif_train(x, *args)[0]
+    return _lif(x, *args)
