@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import train_idsnn
 import train_teacher
 import transfer_init
+from test_teacher import make_folder
 from train_teacher import BatchNormReLU, Images, evaluate, load_checkpoint
 
-TRAIN = ["--epochs", "1", "--precision", "fp64", "--batch-size", "48", "--dataset", "digits"]
+TRAIN = ["--epochs", "2", "--precision", "fp64", "--batch-size", "12", "--dataset", "set"]  # 5 steps an epoch; 7 test images
 
 
 def seven_images():
@@ -47,7 +48,7 @@ def worker(rank, port):
     result = dict(evaluate=evaluate(sees_images_below_five, seven_images(), batch_size=2),
                   norm=batch_norm_gradients(*(t.chunk(2)[rank] for t in global_batch())))
     torch.save(result, f"rank{rank}.pt")
-    train_teacher.main(TRAIN + ["--width", "2", "--depth", "18", "--out", "teacher2.pt"])
+    train_teacher.main(TRAIN + ["--width", "2", "--depth", "18", "--lr", "0.1", "--out", "teacher2.pt"])
     torch.distributed.barrier()
     for encoder in ("direct", "poisson"):
         train_idsnn.main(TRAIN + ["--init", f"{encoder}.pt", "--out", f"{encoder}2.pt"])
@@ -59,7 +60,8 @@ def runs(tmp_path_factory):
     """The same commands by one process and by two, in one folder."""
     before, folder = os.getcwd(), tmp_path_factory.mktemp("runs")
     os.chdir(folder)
-    train_teacher.main(TRAIN + ["--width", "2", "--depth", "18", "--out", "teacher1.pt"])
+    make_folder(folder / "set", classes="abcdefg", train=9, test=1, size=(8, 8))
+    train_teacher.main(TRAIN + ["--width", "2", "--depth", "18", "--lr", "0.1", "--out", "teacher1.pt"])
     for encoder in ("direct", "poisson"):
         transfer_init.main(["--src", "teacher1.pt", "--encoder", encoder, "--T", "2", "--out", f"{encoder}.pt"])
         train_idsnn.main(TRAIN + ["--init", f"{encoder}.pt", "--out", f"{encoder}1.pt"])

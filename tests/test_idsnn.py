@@ -8,6 +8,7 @@ import torch
 import train_idsnn
 import train_teacher
 import transfer_init
+from test_teacher import make_folder
 from train_idsnn import FiringRates, distillation, warn
 from train_teacher import load_checkpoint
 from transfer_init import BatchNormLIF, SpikingResNet
@@ -51,21 +52,22 @@ def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train_teacher.main(["--dataset", "digits", "--width", "2", "--depth", "18", "--epochs", "1"])
+        make_folder(folder / "set", train=8, test=3, size=(8, 8))
+        train_teacher.main(["--dataset", "set", "--width", "2", "--depth", "18", "--epochs", "1", "--batch-size", "8", "--no-flip"])
         transfer_init.main(["--src", "r34.pt", "--T", "3", "--decay", "0.5"])
     return folder
 
 
 def train(*flags):
     """Stage 3 without a step that changes much: what it starts from shows in what it ends with."""
-    train_idsnn.main(["--epochs", "1", "--lr", "1e-12", "--weight-decay", "0", "--out", "x.pt", "--fresh", *flags])
+    train_idsnn.main(["--epochs", "1", "--lr", "1e-12", "--weight-decay", "0", "--batch-size", "8", "--out", "x.pt", "--fresh", *flags])
     return load_checkpoint("x.pt", "idsnn")
 
 
 def test_stage_3_inherits_and_flags_override(stages, monkeypatch):
     monkeypatch.chdir(stages)
     made = train()
-    assert made["config"]["dataset"] == "digits" and made["config"]["crop_padding"] == 1
+    assert made["config"]["dataset"] == "set" and made["config"]["crop_padding"] == 4
     assert (made["arch"]["T"], made["arch"]["decay"], made["arch"]["width"]) == (3, 0.5, 2)
     assert made["provenance"]["parents"]["init"]["path"] == "snn_init.pt" and made["provenance"]["parents"]["teacher"]["path"] == "r34.pt"
     made = train("--T", "2", "--v-th", "0.7")
@@ -99,7 +101,7 @@ def test_log_and_history_are_the_same(stages, monkeypatch):
 def test_a_half_precision_run_keeps_fp32_weights(stages, monkeypatch):
     monkeypatch.chdir(stages)
     start = load_checkpoint("snn_init.pt")["model"]
-    train_idsnn.main(["--epochs", "1", "--precision", "bf16", "--out", "half.pt"])
+    train_idsnn.main(["--epochs", "1", "--batch-size", "8", "--precision", "bf16", "--out", "half.pt"])
     made = load_checkpoint("half.pt")
     assert all(v.dtype == torch.float32 for k, v in made["model"].items() if "num_batches" not in k)
     assert not torch.equal(made["model"]["layer3.0.conv1.weight"], start["layer3.0.conv1.weight"])
