@@ -13,9 +13,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, check_finite, claim, describe_run, earlier_run,
-                           epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data, make_checkpoint, memory_format, number, parallel,
-                           rank, restore, resume_state, run, run_identity, set_precision, sha256_file, weights, world_size)
+from kernels.lif import choose_impl
+from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, check_finite, claim, describe_run,
+                           earlier_run, epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint,
+                           load_data, make_checkpoint, memory_format, number, parallel, rank, restore, resume_state, run, run_identity,
+                           set_precision, sha256_file, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
 
@@ -136,7 +138,7 @@ def main(argv=None):
         neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}",
         start="fresh weights (--no-init)" if args.no_init else f"{args.init} (dataset, network and neuron too, where no flag says otherwise)",
         teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher else "none (--no-kd)",
-        kernels="PyTorch",
+        kernels=dict(triton="Triton", torch="PyTorch")[choose_impl(torch.empty(0, dtype=dtype, device=device), args.T, None)],
         data=str(data), **describe_run(args, device, precision)), history)
     with log:
         for epoch in range(len(history), args.epochs):
@@ -145,7 +147,7 @@ def main(argv=None):
             for step, (x, y) in enumerate(batches(data, args, epoch, rank(), world_size())):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
                 with autocast:
-                    scores = net(model.encode(x, data, noise(epoch, step), world_size(), rank())).mean(0)  # (T, B, K) -> (B, K)
+                    scores = net(model.encode(x, data, noise(epoch, step), world_size(), rank())).to(dtype).mean(0)  # (T, B, K) -> (B, K)
                     loss = F.cross_entropy(scores, y)
                     kd = torch.zeros_like(loss)
                     if teacher:

@@ -518,7 +518,11 @@ def init_distributed(args):
     if args.batch_size % world:
         fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes: give a multiple of {world}")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # torchrun's store outlives its workers: restarted ones may read the addresses of the dead (PyTorch issue 135712), unless
+        # every attempt has a prefix. several nodes don't count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store), rank=rank(), world_size=world)
     return device
 
 
@@ -747,7 +751,7 @@ class Log:
         self.console = Console(quiet=rank() != 0, highlight=False, soft_wrap=True)
         if file:
             file.truncate(0)  # written anew from the history: no epoch twice after a restart
-            for row in [dict(run=header)] + history:
+            for row in [dict(run=header | dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])))] + history:
                 self.write(row)
         for name, text in header.items():
             self.console.print(f"[bold]{name:>10}[/]  {escape(text)}")

@@ -10,7 +10,7 @@ Backward, from dcurrent, which the neuron's recurrence gives from two bits per n
     dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    dbias and dweight summed over ranks here; without the two
                                                              means where mean and var are constants
 
-So the current never lies in memory. Bytes per neuron-step at T = 4, bf16 / fp32:
+So the current never lies in memory, nor, on Triton, does dcurrent. Bytes per neuron-step at T = 4, bf16 / fp32:
 
     forward     statistics: read x 2 / 4;  then read x, write spikes and bits 4.25 / 8.25;  residual: read 2 / 4
     backward    sums: read g, bits, x 4.25 / 8.25;  then read g, bits, x, write dx 6.25 / 12.25;  residual: write 2 / 4
@@ -19,11 +19,11 @@ So the current never lies in memory. Bytes per neuron-step at T = 4, bf16 / fp32
 Forward and backward 16.75 / 32.75 bytes, 20.75 / 40.75 with a residual. With the same current at every step (`T=`,
 direct coding's stem) x is read, and dx written, once instead of T times.
 
-`bn_lif_reference` is the specification. Given the same statistics the spikes equal its own bit for bit in fp32: products
-and sums in one order, none contracted, and only exactly rounded roots and quotients (so no rsqrt).
+`bn_lif_reference` is the specification. Given the same statistics the spikes equal its own bit for bit in fp32:
+products and sums in one order, none contracted, and only exactly rounded roots and quotients (so no rsqrt).
 
-Inside, every layout is one: contiguous (T, O, C, S), where channels-last memory is O = B*H*W, S = 1 and plain contiguous
-memory O = B, S = H*W. Statistics pass as fp64 (count, mean, sum of squared deviations), combined by Chan's formula
+Inside, every layout is one: contiguous (T, O, C, S), where channels-last memory is O = B*H*W, S = 1 and plain
+contiguous memory O = B, S = H*W. Statistics pass as fp64 (count, mean, sum of squared deviations), combined by Chan's formula
 over chunks, programs and ranks, always in the same order: no atomics, so a run repeats bit for bit.
 """
 
@@ -42,7 +42,7 @@ if triton is not None:
 
 def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e-5, decay=0.25, v_th=0.5, lens=0.5,
                      detach_reset=True):
-    """The equations as they stand, in fp32 (fp64), differentiated by autograd, statistics included; x (T, B, C, H, W)."""
+    """The equations as they stand, in fp32 (fp64), differentiated by autograd, statistics too; x (T, B, C, H, W)."""
     acc = torch.promote_types(x.dtype, torch.float32)
     x_acc, per_channel = x.to(acc), (-1, 1, 1)
     if mean is None:
@@ -61,7 +61,8 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 
 def _rows(x):
     """How many of x's (C, S) slices make a chunk of 2**18 elements a thread."""
-    return max(1, 2**18 * torch.get_num_threads() // max(1, x[0, 0].numel())) if x.device.type == "cpu" else x.numel()
+    size = 2**18 * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
+    return max(1, size // max(1, x.shape[-2] * x.shape[-1]))
 
 
 def _split(x):
@@ -79,7 +80,7 @@ def _stats_torch(x):
     """Count, mean and sum of squared deviations of each chunk, (P, 3, C) fp64; sums as in _stats_kernel."""
     parts, shift = [], None
     for part in _split(x):
-        part = part.to(torch.promote_types(x.dtype, torch.float32))
+        part = part.to(_accumulator(x))
         count = part.numel() // part.shape[1]
         shift = part.sum((0, 2)) / count if shift is None else shift
         d = part - shift.view(-1, 1)
@@ -112,33 +113,47 @@ def _forward_torch(x, residual, spikes, bits, scale, shift, decay, v_th, lens):
         forward_torch(current, spikes[:, s].flatten(1), save, decay, v_th, lens)
 
 
-def _reduce_torch(g, bits, x, residual, dcurrent, scale, shift, mean, inv_std, decay, v_th, lens):
-    """Writes dcurrent; returns its sums and those of dcurrent*xhat, (2, C) fp64."""
+def _dcurrent_torch(g, bits, x, residual, scale, shift, decay, v_th, lens):
+    """Gradient of the input current, (T, O, C, S) in fp32 (fp64)."""
+    dcurrent = torch.empty_like(g, dtype=scale.dtype)
     if bits is not None:
         backward_torch(g.flatten(1), bits.flatten(1), dcurrent.flatten(1), decay, lens)
     else:
         for s, current in _currents(x, residual, len(g), scale, shift):
             backward_full_torch(g[:, s].flatten(1), current, dcurrent[:, s].flatten(1), decay, v_th, lens)
+    return dcurrent
+
+
+def _sums_torch(d, x, mean, inv_std):
+    """Sums of d and of d*xhat, (2, C) fp64."""
     sums = torch.zeros(2, x.shape[2], dtype=torch.float64, device=x.device)
-    for d, part in zip(_split(_like(dcurrent, x)), _split(x)):
+    for d, part in zip(_split(d), _split(x)):
         sums[0] += d.sum((0, 2))
         sums[1] += (part.to(d.dtype) - mean).mul_(d).sum((0, 2))
     sums[1] *= inv_std.view(-1)
     return sums
 
 
-def _like(dcurrent, x):
-    """The sum over T where x is the same at every step."""
-    return dcurrent.sum(0, keepdim=True) if len(x) < len(dcurrent) else dcurrent
-
-
-def _apply_torch(dcurrent, x, means, dx, scale, mean, inv_std):
+def _apply_torch(d, x, means, scale, mean, inv_std):
+    """dx from d, dcurrent (summed over T where x is the same at every step), and the two means, if they move with x."""
+    dx = torch.empty_like(x)
     if means is not None:
         a, b = means.to(scale.dtype).unsqueeze(-1)
         a, b = -scale * a, -scale * inv_std * b
-    for d, part, out in zip(_split(_like(dcurrent, x)), _split(x), _split(dx)):
+    for d, part, out in zip(_split(d), _split(x), _split(dx)):
         d = d * scale if means is None else torch.addcmul(a, d, scale).addcmul_(part.to(d.dtype) - mean, b)
         out.copy_(d)
+    return dx
+
+
+def _native_torch(d, x, scale, mean, inv_std):
+    """dx and the sums at once, by nn.BatchNorm2d's own kernel: quicker on CPUs, which take images channels-last too."""
+    C, S = x.shape[2:]
+    images = (lambda y: y.view(-1, C).t()[None, :, :, None]) if S == 1 else (lambda y: y.flatten(0, 1).unsqueeze(-1))
+    weight, mean, inv_std = (v.view(-1) for v in (scale / inv_std, mean, inv_std))
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        images(d), images(x), weight, None, None, mean, inv_std, True, 0.0, [True, True, True])
+    return (dx[0, :, :, 0].t() if S == 1 else dx).reshape(x.shape), torch.stack((dbias, dweight)).double()
 
 
 # ---------------------------------------------------------------------------------------------- Triton kernels
@@ -255,9 +270,11 @@ if triton is not None:
     def _backward_kernel(G, Bits, X, Residual, Means, Parts, DX, DResidual, Weight, Bias, Mean, Var, eps, R, C, S,
                          N: tl.int64, decay, v_th, lens, inv, T: tl.constexpr, STATIC: tl.constexpr,
                          BR: tl.constexpr, BC: tl.constexpr):
-        """dcurrent from g and two bits (Bits None: from U, recomputed), over every P-th tile. With Parts the first pass:
-        reads x, Parts[p] = sums of dcurrent and dcurrent*xhat. With DX or DResidual the second: reads x unless Means,
-        the two sums over n, is None; writes the gradients of x and of the residual."""
+        """dcurrent from g and two bits (Bits None: from U, recomputed), over every P-th tile.
+
+        With Parts the first pass: reads x, Parts[p] = sums of dcurrent and dcurrent*xhat. With DX or DResidual the
+        second: reads x unless Means, the two sums over n, is None; writes the gradients of x and of the residual.
+        """
         scale, shift, mean, inv_std = _affine_kernel(Weight, Bias, Mean, Var, eps, C, BC)
         if Means is not None:
             mean_d, mean_dxhat = _channels(Means, C, 0.0, BC), _channels(Means + C, C, 0.0, BC)
@@ -338,6 +355,8 @@ def _forward_triton(x, residual, spikes, bits, vectors, eps, decay, v_th, lens):
 def _backward_triton(g, bits, x, residual, means, dx, dresidual, vectors, eps, decay, v_th, lens):
     """Writes dx and dresidual; where both are None, returns the sums instead: (2, C) fp64."""
     reduce = dx is None and dresidual is None
+    if not x.numel():
+        return x.new_zeros(2, x.shape[2], dtype=torch.float64) if reduce else None
     # U of all steps takes registers: fewer neurons a thread
     tile = 1024 if bits is not None else min(1024, 4096 // triton.next_power_of_2(len(g)))
     grid, args = _grid(x, 1, tile, REDUCING if reduce else None)
@@ -350,77 +369,92 @@ def _backward_triton(g, bits, x, residual, means, dx, dresidual, vectors, eps, d
 
 
 # ---------------------------------------------------------------------------------------------- operators
-# functional, over contiguous (T, O, C, S); sums over ranks happen between them, where torch.compile sees them.
-# x (1, O, C, S) with T > 1 is the same current at every step.
+# functional, over contiguous (T, O, C, S); x (1, O, C, S) with T > 1 is the same current at every step. each way is one
+# operator, bn_lif_train and bn_lif_backward: a call costs as much as a small layer. under a process group the sums must
+# leave for the other ranks, where torch.compile sees it: bn_lif_stats and bn_lif_reduce are the first halves alone.
+# constants are eps, decay, v_th, lens.
 
-Tensor = torch.Tensor
+Tensor, Maybe = torch.Tensor, torch.Tensor | None
+
+
+def _accumulator(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _statistics(x, impl):
+    n = x.numel() // x.shape[2]
+    return _combine_torch(_stats_torch(x), n) if impl == "torch" else _stats_triton(x, n)
+
+
+def _forward(x, residual, bits, weight, bias, stats, T, constants, impl):
+    """Spikes, and the statistics, or nothing if they were given."""
+    spikes, own = x.new_empty(T, *x.shape[1:]), x.new_empty(0, dtype=_accumulator(x))
+    if stats is None:
+        stats = own = _statistics(x, impl).to(own.dtype)
+    vectors = weight, bias, *stats
+    if impl == "torch":
+        scale, shift, _, _ = _affine(*vectors, constants[0])
+        _forward_torch(x, residual, spikes, bits, scale, shift, *constants[1:])
+    elif x.numel():
+        _forward_triton(x, residual, spikes, bits, vectors, *constants)
+    return spikes, own
 
 
 @torch.library.custom_op("idsnn::bn_lif_stats", mutates_args=())
 def _stats(x: Tensor, impl: str) -> Tensor:
     """(2, C) fp64: mean and biased variance of this process's x."""
-    n = x.numel() // x.shape[2]
-    return _combine_torch(_stats_torch(x), n) if impl == "torch" else _stats_triton(x, n)
+    return _statistics(x, impl)
 
 
 @torch.library.custom_op("idsnn::bn_lif_infer", mutates_args=())
-def _infer(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, T: int,
-           eps: float, decay: float, v_th: float, impl: str) -> Tensor:
-    """Spikes alone."""
-    spikes, vectors = x.new_empty(T, *x.shape[1:]), (weight, bias, mean, var)
-    if impl == "torch":
-        _forward_torch(x, residual, spikes, None, *_affine(*vectors, eps)[:2], decay, v_th, 1.0)
-    elif x.numel():
-        _forward_triton(x, residual, spikes, None, vectors, eps, decay, v_th, 1.0)
-    return spikes
+def _infer(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Maybe, T: int, constants: list[float],
+           impl: str) -> tuple[Tensor, Tensor]:
+    """Spikes, and the statistics (2, C), empty if given."""
+    return _forward(x, residual, None, weight, bias, stats, T, constants, impl)
 
 
 @torch.library.custom_op("idsnn::bn_lif_train", mutates_args=())
-def _train(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, T: int,
-           eps: float, decay: float, v_th: float, lens: float, detach_reset: bool, n: int, group: str,
-           impl: str) -> tuple[Tensor, Tensor]:
-    """Spikes, and with the reset detached the bits. n and group are for the backward: n = 0, constant statistics."""
-    spikes, vectors = x.new_empty(T, *x.shape[1:]), (weight, bias, mean, var)
+def _train(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Maybe, T: int, constants: list[float],
+           detach_reset: bool, n: int, group: str, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits too, empty if the reset is not detached. n and group are for the backward; n = 0: constant statistics."""
     bits = x.new_empty((T + 3) // 4 if detach_reset else 0, *x.shape[1:], dtype=torch.uint8)
-    save = bits if detach_reset else None
+    spikes, own = _forward(x, residual, bits if detach_reset else None, weight, bias, stats, T, constants, impl)
+    return spikes, bits, own
+
+
+@torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
+def _reduce(g: Tensor, bits: Tensor, x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Tensor,
+            constants: list[float], impl: str) -> Tensor:
+    """(2, C) fp64: this process's sums of dcurrent and of dcurrent*xhat."""
+    return _backward(g, bits, x, residual, weight, bias, stats, None, constants, 0, False, False, True, impl)[2]
+
+
+@torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
+def _backward(g: Tensor, bits: Tensor, x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Tensor,
+              sums: Maybe, constants: list[float], n: int, need_dx: bool, need_dresidual: bool, need_sums: bool,
+              impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual, and this process's sums; each empty if not needed. `sums` of all ranks, if
+    there are others, make dx; without them its own do."""
+    vectors, bits, dx, dresidual, own = (weight, bias, *stats), bits if len(bits) else None, None, None, None
     if impl == "torch":
-        _forward_torch(x, residual, spikes, save, *_affine(*vectors, eps)[:2], decay, v_th, lens)
-    elif x.numel():
-        _forward_triton(x, residual, spikes, save, vectors, eps, decay, v_th, lens)
-    return spikes, bits
-
-
-@torch.library.custom_op("idsnn::bn_lif_backward_reduce", mutates_args=())
-def _reduce(g: Tensor, bits: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
-            var: Tensor, eps: float, decay: float, v_th: float, lens: float, impl: str) -> tuple[Tensor, Tensor]:
-    """(2, C) fp64: sums of dcurrent and of dcurrent*xhat. PyTorch also returns dcurrent; Triton derives it twice."""
-    vectors, bits = (weight, bias, mean, var), bits if len(bits) else None
-    if impl == "torch":
-        dcurrent = torch.empty_like(g, dtype=mean.dtype)
-        return _reduce_torch(g, bits, x, residual, dcurrent, *_affine(*vectors, eps), decay, v_th, lens), dcurrent
-    if not x.numel():
-        return x.new_zeros(2, x.shape[2], dtype=torch.float64), x.new_empty(0, dtype=mean.dtype)
-    sums = _backward_triton(g, bits, x, residual, None, None, None, vectors, eps, decay, v_th, lens)
-    return sums, x.new_empty(0, dtype=mean.dtype)
-
-
-@torch.library.custom_op("idsnn::bn_lif_backward_apply", mutates_args=())
-def _apply(g: Tensor, bits: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
-           var: Tensor, means: Tensor | None, eps: float, decay: float, v_th: float, lens: float, need_dx: bool,
-           need_dresidual: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the residual, each empty if not needed. In PyTorch g is dcurrent already."""
-    vectors, bits = (weight, bias, mean, var), bits if len(bits) else None
-    dx = torch.empty_like(x) if need_dx else None
-    dresidual = torch.empty_like(g, dtype=x.dtype) if need_dresidual else None
-    if impl == "torch":
-        if need_dx:
-            scale, _, mean, inv_std = _affine(*vectors, eps)
-            _apply_torch(g, x, means, dx, scale, mean, inv_std)
-        if need_dresidual:
-            dresidual.copy_(g)
-    elif x.numel():
-        _backward_triton(g, bits, x, residual, means, dx, dresidual, vectors, eps, decay, v_th, lens)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dresidual is None else dresidual
+        scale, shift, mean, inv_std = _affine(*vectors, constants[0])
+        dcurrent = _dcurrent_torch(g, bits, x, residual, scale, shift, *constants[1:])
+        d = dcurrent.sum(0, keepdim=True) if len(x) < len(g) else dcurrent
+        dresidual = dcurrent.to(g.dtype) if need_dresidual else None
+        if n and need_dx and sums is None and x.device.type == "cpu" and x.dtype == d.dtype:
+            dx, own = _native_torch(d, x, scale, mean, inv_std)
+        else:
+            own = _sums_torch(d, x, mean, inv_std) if need_sums else None
+            means = (own if sums is None else sums) / n if n and need_dx else None
+            dx = _apply_torch(d, x, means, scale, mean, inv_std) if need_dx else None
+    else:
+        args = vectors, *constants
+        own = _backward_triton(g, bits, x, residual, None, None, None, *args) if need_sums else None
+        means = (own if sums is None else sums) / n if n and need_dx else None
+        if need_dx or need_dresidual:
+            dx, dresidual = torch.empty_like(x) if need_dx else None, torch.empty_like(g) if need_dresidual else None
+            _backward_triton(g, bits, x, residual, means, dx, dresidual, *args)
+    return tuple(x.new_empty(0) if y is None else y for y in (dx, dresidual, own))
 
 
 @_stats.register_fake
@@ -429,68 +463,70 @@ def _(x, impl):
 
 
 @_infer.register_fake
-def _(x, residual, weight, bias, mean, var, T, eps, decay, v_th, impl):
-    return x.new_empty(T, *x.shape[1:])
+def _(x, residual, weight, bias, stats, T, constants, impl):
+    own = x.new_empty((2, x.shape[2]) if stats is None else 0, dtype=_accumulator(x))
+    return x.new_empty(T, *x.shape[1:]), own
 
 
 @_train.register_fake
-def _(x, residual, weight, bias, mean, var, T, eps, decay, v_th, lens, detach_reset, n, group, impl):
+def _(x, residual, weight, bias, stats, T, constants, detach_reset, n, group, impl):
+    own = x.new_empty((2, x.shape[2]) if stats is None else 0, dtype=_accumulator(x))
     bits = x.new_empty((T + 3) // 4 if detach_reset else 0, *x.shape[1:], dtype=torch.uint8)
-    return x.new_empty(T, *x.shape[1:]), bits
+    return x.new_empty(T, *x.shape[1:]), bits, own
 
 
 @_reduce.register_fake
-def _(g, bits, x, residual, weight, bias, mean, var, eps, decay, v_th, lens, impl):
-    dcurrent = torch.empty_like(g, dtype=mean.dtype) if impl == "torch" else x.new_empty(0, dtype=mean.dtype)
-    return x.new_empty(2, x.shape[2], dtype=torch.float64), dcurrent
+def _(g, bits, x, residual, weight, bias, stats, constants, impl):
+    return x.new_empty(2, x.shape[2], dtype=torch.float64)
 
 
-@_apply.register_fake
-def _(g, bits, x, residual, weight, bias, mean, var, means, eps, decay, v_th, lens, need_dx, need_dresidual, impl):
-    return (torch.empty_like(x) if need_dx else x.new_empty(0),
-            torch.empty_like(g, dtype=x.dtype) if need_dresidual else x.new_empty(0))
+@_backward.register_fake
+def _(g, bits, x, residual, weight, bias, stats, sums, constants, n, need_dx, need_dresidual, need_sums, impl):
+    dx, dresidual = (torch.empty_like(y) if need else x.new_empty(0) for y, need in ((x, need_dx), (g, need_dresidual)))
+    return dx, dresidual, x.new_empty(2, x.shape[2], dtype=torch.float64) if need_sums else x.new_empty(0)
 
 
 def _all_reduce(sums, group):
-    """Sum over the ranks of a process group's name; a functional collective, which torch.compile can trace."""
+    """Sum over the ranks of the process group of this name: a functional collective, which torch.compile can trace."""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(sums, "sum", group)) if group else sums
+    return ops.wait_tensor(ops.all_reduce(sums, "sum", group))
 
 
-def _all_gather(part, size, group):
+def _all_gather(part, ranks, group):
+    """(...) -> (ranks, ...)"""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_gather_into_tensor(part, size, group)).view(size, *part.shape)
+    return ops.wait_tensor(ops.all_gather_into_tensor(part, ranks, group)).view(ranks, *part.shape)
 
 
-def _save(ctx, inputs, output):
-    x, residual, *vectors, _, eps, decay, v_th, lens, detach_reset, ctx.n, ctx.group, ctx.impl = inputs
-    ctx.args = eps, decay, v_th, lens
-    ctx.save_for_backward(output[1], x, None if detach_reset else residual, *vectors)
+def _setup(ctx, inputs, output):
+    x, residual, weight, bias, stats, _, ctx.constants, detach_reset, ctx.n, ctx.group, ctx.impl = inputs
+    _, bits, own = output
+    ctx.save_for_backward(bits, x, None if detach_reset else residual, weight, bias, own if stats is None else stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g, _):
+def _autograd(ctx, g, *_):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         raise RuntimeError("bn_lif has no second derivative: take its gradient without create_graph=True")
-    grads = [None] * 15
+    grads = [None] * 11
     if g is None:
         return tuple(grads)
     need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
-    bits, *saved = ctx.saved_tensors
-    g, means = g.contiguous(), None
-    if ctx.impl == "torch" or need_dweight or need_dbias or ctx.n and need_dx:
-        sums, dcurrent = _reduce(g, bits, *saved, *ctx.args, ctx.impl)
-        grads[2] = sums[1].to(saved[2].dtype) if need_dweight else None
-        grads[3] = sums[0].to(saved[3].dtype) if need_dbias else None
-        g = dcurrent if ctx.impl == "torch" else g
-        means = _all_reduce(sums, ctx.group) / ctx.n if ctx.n and need_dx else None
-    if need_dx or need_dresidual:
-        dx, dresidual = _apply(g, bits, *saved, means, *ctx.args, need_dx, need_dresidual, ctx.impl)
-        grads[0], grads[1] = dx if need_dx else None, dresidual if need_dresidual else None
+    need_sums = need_dweight or need_dbias or bool(ctx.n) and need_dx
+    (bits, *saved), g, total = ctx.saved_tensors, g.contiguous(), None
+    if ctx.group and need_sums:
+        sums = _reduce(g, bits, *saved, ctx.constants, ctx.impl)
+        need_sums, total = False, _all_reduce(sums, ctx.group)
+    dx, dresidual, own = _backward(g, bits, *saved, total, ctx.constants, ctx.n, need_dx, need_dresidual, need_sums,
+                                   ctx.impl)
+    sums = own if total is None else sums  # the parameters' gradients are this process's share, as in DDP
+    grads[0], grads[1] = dx if need_dx else None, dresidual if need_dresidual else None
+    grads[2] = sums[1].to(ctx.saved_tensors[3].dtype) if need_dweight else None
+    grads[3] = sums[0].to(ctx.saved_tensors[4].dtype) if need_dbias else None
     return tuple(grads)
 
 
-_train.register_autograd(_backward, setup_context=_save)
+_train.register_autograd(_autograd, setup_context=_setup)
 
 
 # ---------------------------------------------------------------------------------------------- what users call
@@ -544,31 +580,31 @@ def bn_lif(x, weight, bias, residual=None, mean=None, var=None, *, T=None, eps=1
     for name, vector in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
         if vector is not None and vector.shape != (C,):
             raise ValueError(f"{name} must be ({C},), one value a channel, not {tuple(vector.shape)}")
-    decay, v_th, lens = check_neuron(decay, v_th, lens)
+    constants = [float(eps), *check_neuron(decay, v_th, lens)]
     impl = choose_impl(x, T, impl)
 
     channels_last = x.stride(2) == 1 and not x.is_contiguous()
     x = _order(x, channels_last)
     if residual is not None:
         residual = _order(residual.to(x.dtype), channels_last)
-    acc = torch.promote_types(x.dtype, torch.float32)
-    local, n, ranks = x.numel() // max(C, 1), 0, ""
-    if mean is None:
+    local, n, ranks, stats = x.numel() // max(C, 1), 0, "", None
+    if mean is not None:
+        stats = torch.stack((mean.detach(), var.detach())).to(_accumulator(x))
+    else:
         n = local * (1 if group is None else group.size())
         if n < 2:
             raise ValueError(f"batch statistics need more than one value a channel, x has {n}")
-        stats = _stats(x.detach(), impl)
         if group is not None:
             ranks = group.group_name
-            mean, var = _all_gather(stats, group.size(), ranks).unbind(1)  # (ranks, C)
-            parts = torch.stack((torch.full_like(mean, local), mean, var * local), 1)
-            stats = _combine_torch(parts, n)
-        mean, var = stats.to(acc).unbind(0)
-    vectors = weight, bias, mean.detach().to(acc), var.detach().to(acc)
+            own = _all_gather(_stats(x.detach(), impl), group.size(), ranks)  # (ranks, 2, C)
+            parts = torch.stack((torch.full_like(own[:, 0], local), own[:, 0], own[:, 1] * local), 1)
+            stats = _combine_torch(parts, n).to(_accumulator(x))
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, weight, bias)):
-        spikes, _ = _train(x, residual, *vectors, T, eps, decay, v_th, lens, detach_reset, n, ranks, impl)
+        spikes, _, own = _train(x, residual, weight, bias, stats, T, constants, detach_reset, n, ranks, impl)
     else:
-        spikes = _infer(x, residual, *vectors, T, eps, decay, v_th, impl)
+        spikes, own = _infer(x, residual, weight, bias, stats, T, constants, impl)
+    if mean is None:
+        mean, var = (own if stats is None else stats).detach().unbind()
     if channels_last:
         spikes = spikes.view(T, shape[1], *shape[3:], C).permute(0, 1, 4, 2, 3)
     return spikes.view(shape), mean, var, n or local

@@ -98,7 +98,7 @@ def flat(x, like=None):
 
 def _chunks(x):
     N = x.shape[1]
-    size = 32768 * torch.get_num_threads() if x.device.type == "cpu" else max(N, 1)
+    size = 2**17 * torch.get_num_threads() if x.device.type == "cpu" else max(N, 1)
     return (slice(i, min(i + size, N)) for i in range(0, N, size))
 
 

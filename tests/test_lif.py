@@ -1,0 +1,359 @@
+"""The LIF neuron: every path against the specification, the specification against numbers worked out by hand."""
+
+import importlib
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+K = importlib.import_module("kernels.lif")  # kernels.lif is the function
+lif, lif_reference = K.lif, K.lif_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ODD = dict(decay=math.exp(-1 / 1.3), v_th=0.3, lens=0.37)  # none of them exact in fp32
+IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(K.triton is None, reason="no triton"))]
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Outputs and scratch start as NaN and 0xFF: whatever isn't written shows."""
+    def poisoned(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            for o in out if isinstance(out, tuple) else (out,):
+                o.fill_(0xFF if o.dtype == torch.uint8 else float("nan"))
+            return out
+        return made
+    monkeypatch.setattr(K, "planes_like", poisoned(K.planes_like))
+    monkeypatch.setattr(K, "_buffers", poisoned(K._buffers))
+
+
+def current(*shape, dtype=torch.float32, seed=0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.7).to(DEVICE, dtype)
+
+
+def check(x, impl, detach_reset=True, g=None, **constants):
+    """Spikes and gradients equal the specification's bit for bit; same dtype. Returns the spikes."""
+    g = current(*x.shape, dtype=x.dtype, seed=1) if g is None else g
+    x = x.detach()  # a view's strides stay
+
+    def run(neuron, x):
+        x.requires_grad_()
+        spikes = neuron(x)
+        return spikes.detach(), torch.autograd.grad(spikes, x, g.to(spikes.dtype))[0]
+
+    spikes, dx = run(lambda x: lif(x, **constants, detach_reset=detach_reset, impl=impl), x)
+    # bf16 and fp16 values are exact in fp32, and so is the state: only dX is rounded, once
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ref, dref = run(lambda x: lif_reference(x, **constants, detach_reset=detach_reset), x.detach().to(wide))
+    if K.INTERPRET and impl == "triton" and x.dtype == torch.bfloat16:  # Triton's interpreter truncates; GPUs round
+        dref = (dref.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    assert spikes.dtype == dx.dtype == x.dtype
+    assert torch.equal(spikes.to(wide), ref)
+    assert torch.equal(dx, dref.to(x.dtype))
+    with torch.no_grad():
+        assert torch.equal(lif(x, **constants, impl=impl), spikes)
+    return spikes
+
+
+# ------------------------------------------------------------------------------------------ the specification itself
+
+# decay 0.5, v_th 0.5, lens 0.5, so the surrogate is 1 where 0 < U < 1:
+#   t   X      U      F  w
+#   0   1      1      1  0   exactly on the upper edge: outside; spikes, resets
+#   1   0.25   0.25   0  1
+#   2   0.375  0.5    0  1   exactly at v_th: no spike, in the window
+#   3   0.5    0.75   1  1   spikes, resets
+#   4   0.875  0.875  1  1   spikes again
+#   5   0      0      0  0   exactly on the lower edge: outside
+#   6   0.125  0.125  0  1
+TRACE_X = [1, 0.25, 0.375, 0.5, 0.875, 0, 0.125]
+TRACE_F = [1, 0, 0, 1, 1, 0, 0]
+TRACE_G = [1, 2, 4, 8, 16, 32, 64]
+# detached:  64; 0 + 64/2; 16 + 0; 8 + 0; 4 + 8/2; 2 + 8/2; 0 + 0
+TRACE_DX = [0, 6, 8, 8, 16, 32, 64]
+# plain:     64; 32; 16 - 32*0.875/2; 8 - 2*0.75/2; 4 - 7.25*0.5/2 + 7.25/2; 2 - 5.8125*0.25/2 + 5.8125/2; 0
+TRACE_DX_PLAIN = [0, 4.1796875, 5.8125, 7.25, 2, 32, 64]
+
+
+@pytest.mark.parametrize("neuron", [lif_reference, lif])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("detach_reset, dx", [(True, TRACE_DX), (False, TRACE_DX_PLAIN)])
+def test_hand_derived_trace(neuron, dtype, detach_reset, dx, device):
+    x = torch.tensor(TRACE_X, dtype=dtype, device=device, requires_grad=True)
+    spikes = neuron(x, 0.5, 0.5, 0.5, detach_reset)
+    spikes.backward(torch.tensor(TRACE_G, dtype=dtype, device=device))
+    assert spikes.tolist() == TRACE_F
+    assert x.grad.tolist() == dx
+
+
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_reference_gradient_against_forward_mode_jacobian(detach_reset):
+    """dU[t]/dX[s], carried forward in numpy: another derivation than the backward recursion."""
+    decay, v_th, lens, T, N = *ODD.values(), 7, 200
+    x, g = current(T, N, dtype=torch.float64).cpu(), current(T, N, dtype=torch.float64, seed=1).cpu()
+    u, f, df = np.zeros(N), np.zeros(N), np.zeros(N)
+    jacobian, expect = np.zeros((T, N)), np.zeros((T, N))
+    for t in range(T):
+        slope = decay * (1 - f) - (0 if detach_reset else decay * u * df)
+        jacobian = jacobian * slope
+        jacobian[t] = 1
+        u = decay * u * (1 - f) + x[t].numpy()
+        f, df = (u > v_th).astype(float), (np.abs(u - v_th) < lens) / (2 * lens)
+        expect += g[t].numpy() * df * jacobian
+    x.requires_grad_()
+    dx, = torch.autograd.grad(lif_reference(x, **ODD, detach_reset=detach_reset), x, g)
+    np.testing.assert_allclose(dx.numpy(), expect, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------ paths against it
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_every_T(impl, detach_reset):
+    for T in range(1, 33) if detach_reset else (*range(1, 10), 12, 15, 16, 17, 31, 32):
+        check(current(T, 37, seed=T), impl, detach_reset, **ODD)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N", [1, 15, 16, 512, 2048 + 16, 2048 + 13])
+def test_dtypes_and_blocks(impl, detach_reset, dtype, N):
+    check(current(4, N, dtype=dtype), impl, detach_reset)
+    check(current(6, N, dtype=dtype), impl, detach_reset, **ODD)
+
+
+@pytest.mark.parametrize("detach_reset", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_pytorch_path_in_chunks(detach_reset, dtype):
+    check(current(5, 3 * 2**17 * torch.get_num_threads() + 5, dtype=dtype), "torch", detach_reset, **ODD)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in Triton's interpreter
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_and_infinity_as_in_the_specification(impl):
+    x = current(6, 64)
+    x[2, :8], x[1, 8:16], x[1, 16:24] = float("nan"), float("inf"), float("-inf")
+    with torch.no_grad():
+        assert torch.equal(lif(x, impl=impl), lif_reference(x))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_at_the_threshold_and_the_window_edges(impl):
+    """Neighbours in fp32 of v_th and v_th +- lens, and those values themselves."""
+    edges = torch.tensor([ODD["v_th"], ODD["v_th"] + ODD["lens"], ODD["v_th"] - ODD["lens"]])
+    lower, upper = torch.nextafter(edges, edges - 1), torch.nextafter(edges, edges + 1)
+    check(torch.cat([edges, lower, upper]).expand(3, 9).to(DEVICE), impl, **ODD)
+    check(torch.cat([edges, lower, upper]).expand(3, 9).to(DEVICE), impl, detach_reset=False, **ODD)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "transposed dense": lambda x: x.permute(0, 3, 1, 4, 2).contiguous().permute(0, 2, 4, 1, 3),
+    "expanded over T": lambda x: x[:1].expand_as(x),
+    "expanded over T, channels-last": lambda x: LAYOUTS["channels-last"](x[:1].contiguous()).expand_as(x),
+}
+COPIED = {
+    "T inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "T innermost": lambda x: x.permute(1, 2, 3, 4, 0).contiguous().permute(4, 0, 1, 2, 3),
+    "every second step": lambda x: x.repeat_interleave(2, 0)[::2],
+    "every second column": lambda x: x.repeat_interleave(2, 4)[..., ::2],
+    "expanded inside": lambda x: x[:, :, :1].expand_as(x),
+    "backwards in storage": lambda x: x.flatten()[1:].as_strided((3, 2, 3, 4, 5), (60, 60, 20, 5, 1)),  # overlaps
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *COPIED])
+def test_layouts(impl, detach_reset, layout):
+    x = (LAYOUTS | COPIED)[layout](current(4, 2, 3, 4, 5))
+    if layout in LAYOUTS:
+        assert K.flat(x).data_ptr() == x.data_ptr()  # no copy
+    for g_layout in ("contiguous", "channels-last", "expanded over T", "T innermost", "expanded inside"):
+        g = (LAYOUTS | COPIED)[g_layout](current(*x.shape, seed=2))
+        spikes = check(x, impl, detach_reset, g=g, **ODD)
+    if layout in LAYOUTS:
+        assert spikes.stride()[1:] == x.stride()[1:] and spikes.stride(0) == 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_gradient_of_an_expanded_input_is_the_sum_over_T(impl, detach_reset):
+    base = current(1, 3, 40).requires_grad_()
+    g = current(5, 3, 40, seed=1)
+    got, = torch.autograd.grad(lif(base.expand(5, -1, -1), impl=impl, detach_reset=detach_reset), base, g)
+    steps = base.detach().repeat(5, 1, 1).requires_grad_()
+    expect, = torch.autograd.grad(lif_reference(steps, detach_reset=detach_reset), steps, g)
+    torch.testing.assert_close(got, expect.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_random_shapes_strides_dtypes_and_constants(impl):
+    rng = random.Random(0)
+    for case in range(40):
+        T, inner = rng.randint(1, 12), [rng.randint(1, 6) for _ in range(rng.randint(0, 4))]
+        dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
+        x = current(T, *inner, dtype=dtype, seed=case)
+        g = current(T, *inner, dtype=dtype, seed=case + 1000)
+        for _ in range(rng.randint(0, 2)):  # x and g in other memory orders, sometimes with gaps, or one plane for all T
+            x, g = scramble(x, rng), scramble(g, rng)
+        check(x, impl, rng.random() < 0.5, g=g, decay=rng.random(), v_th=rng.uniform(-0.2, 1), lens=rng.uniform(0.05, 1))
+
+
+def scramble(x, rng):
+    kind = rng.choice(["order", "gap", "expand"])
+    if kind == "order":
+        order = rng.sample(range(x.dim()), x.dim())
+        return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
+    if kind == "gap":
+        d = rng.randrange(x.dim())
+        return x.repeat_interleave(2, d)[(slice(None),) * d + (slice(None, None, 2),)]
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_neurons(impl):
+    for shape in ((3, 0), (3, 2, 0, 4)):
+        x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+        spikes = lif(x, impl=impl)
+        spikes.sum().backward()
+        assert spikes.shape == x.grad.shape == shape
+
+
+# ------------------------------------------------------------------------------------------ autograd, compile, autocast
+
+def saved_bytes(x, **kwargs):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        lif(x, **kwargs)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("T", [1, 4, 5, 8])
+def test_saved_bytes(impl, T):
+    x = current(T, 100)
+    assert saved_bytes(x, impl=impl) == 0
+    x.requires_grad_()
+    assert saved_bytes(x, impl=impl) == math.ceil(T / 4) * 100  # two bits a neuron-step
+    assert saved_bytes(x, impl=impl, detach_reset=False) == x.nbytes
+    with torch.no_grad():
+        assert saved_bytes(x, impl=impl) == saved_bytes(x, impl=impl, detach_reset=False) == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_double_backward_is_refused(impl, detach_reset):
+    x = current(4, 10).requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(lif(x, impl=impl, detach_reset=detach_reset).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl):
+    x = LAYOUTS["channels-last"](current(5, 2, 3, 4, 3))
+    bits = torch.randint(0, 256, (2, 2, 3, 4, 3), dtype=torch.uint8, device=DEVICE)
+    for op, args in ((K._lif, (x.requires_grad_(), 0.25, 0.5, 0.5, impl)), (K._lif_train, (x, 0.25, 0.5, 0.5, impl)),
+                     (K._lif_backward, (x.detach(), bits, 0.25, 0.5, impl)),
+                     (K._lif_backward_full, (x.detach(), x.detach(), 0.25, 0.5, 0.5, impl))):
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_compile_fullgraph(impl, detach_reset):
+    torch.compiler.reset()
+
+    def f(x, decay):
+        return lif(x * 1.5, decay, detach_reset=detach_reset, impl=impl) * 2
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=detach_reset)
+    for i, layout in enumerate(("contiguous", "channels-last")):
+        x = LAYOUTS[layout](current(4, 2 + i, 3, 4, 5)).requires_grad_()
+        g = current(*x.shape, seed=1)
+        for decay in (0.25, 0.4):
+            got, expect = compiled(x, decay), f(x, decay)
+            assert torch.equal(got, expect) and got.stride() == expect.stride()
+            assert torch.equal(torch.autograd.grad(got, x, g)[0], torch.autograd.grad(expect, x, g)[0])
+        with torch.no_grad():
+            assert torch.equal(compiled(x, 0.25), f(x, 0.25))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    layer = torch.nn.Linear(8, 8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        current_ = layer(current(4, 5, 8))
+        spikes = lif(current_, impl=impl)
+    assert current_.dtype == spikes.dtype == torch.bfloat16
+    spikes.float().sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_default_picks_the_path_of_the_device(device):
+    x = current(3, 50)
+    assert torch.equal(lif(x), lif_reference(x))
+    assert torch.equal(lif(x.double()), lif_reference(x.double()))  # float64 and long runs: PyTorch on every device
+    assert torch.equal(lif(x.repeat(20, 1)), lif_reference(x.repeat(20, 1)))
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+@pytest.mark.parametrize("kwargs, error, words", [
+    (dict(lens=0), ValueError, "lens"), (dict(lens=-1), ValueError, "lens"), (dict(lens=math.inf), ValueError, "lens"),
+    (dict(decay=1.5), ValueError, "decay"), (dict(decay=math.nan), ValueError, "decay"),
+    (dict(v_th=math.nan), ValueError, "v_th"), (dict(impl="cuda"), ValueError, "impl"),
+    (dict(x=torch.zeros(())), ValueError, r"\(T, \.\.\.\)"), (dict(x=torch.zeros(0, 3)), ValueError, "T >= 1"),
+    (dict(x=torch.zeros(4, 3, dtype=torch.int32)), TypeError, "int32"), (dict(x=[[1.0]]), TypeError, "tensor"),
+    (dict(x=torch.zeros(4, 3, dtype=torch.complex64)), TypeError, "complex64"),
+])
+def test_errors(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        lif(**{"x": torch.zeros(4, 3), **kwargs})
+
+
+@pytest.mark.skipif(K.triton is None, reason="no triton")
+def test_errors_of_forced_triton(monkeypatch, device):
+    with pytest.raises(ValueError, match="1 to 32"):
+        lif(torch.zeros(33, 3, device=device), impl="triton")
+    with pytest.raises(TypeError, match="float64"):
+        lif(torch.zeros(4, 3, dtype=torch.float64, device=device), impl="triton")
+    monkeypatch.setattr(K, "INTERPRET", False)
+    with pytest.raises(ValueError, match="CUDA"):
+        lif(torch.zeros(4, 3), impl="triton")
+
+
+def test_without_triton():
+    """As on macOS and Windows: the import works, PyTorch computes, forcing Triton says what is missing."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+x = torch.ones(4, 3, requires_grad=True)
+kernels.lif(x).sum().backward()
+assert x.grad.shape == x.shape
+try:
+    kernels.lif(x, impl="triton")
+except ValueError as e:
+    assert "not installed" in str(e)
+else:
+    raise SystemExit("no error")
+"""
+    root = Path(__file__).resolve().parent.parent
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
