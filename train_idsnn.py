@@ -83,7 +83,7 @@ def main(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, arch[name])
         arch[name] = getattr(args, name)
-    fill_defaults(args, PAPER, digits=DIGITS | dict(epochs=30))
+    fill_defaults(args, PAPER, digits=DIGITS | dict(epochs=24))
     device = init_distributed(args)
     precision, dtype, autocast, scaler = set_precision(args, device)
 

@@ -235,14 +235,34 @@ def measure(neuron, shape, dtype, args, bandwidth, compiled):
     bias = (0.2 * torch.randn(C, device=device)).requires_grad_()
     params = [] if neuron == "lif" else [weight, bias]
     found, missing = contestants(neuron, args)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    least = dict(zip(("forward", "both"), least_bytes(neuron, dtype)))
     rows, want = [], None
-    for name, run in found.items():
-        row = dict(neuron=neuron, shape=list(shape), dtype=dtype, name=name)
-        rows.append(row)
-        if name == "loop, torch.compile" and not compiled:
-            rows.pop()
-            continue
+
+    def forward(run, x, g):
+        return run(x, weight, bias)
+
+    def both(run, x, g):
+        return torch.autograd.grad(run(x, weight, bias), [x, *params], g)
+
+    @contextlib.contextmanager
+    def failures_of(row):
+        """A peer's failure is a result, ours is not."""
         try:
+            yield
+        except Exception as e:
+            if row["name"] == "ours" and not isinstance(e, torch.OutOfMemoryError):
+                raise
+            row["failed"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    for name, run in found.items():
+        if name == "loop, torch.compile" and not compiled:
+            continue
+        row = dict(neuron=neuron, shape=list(shape), dtype=dtype, name=name, run=run)
+        rows.append(row)
+        with failures_of(row):
             with torch.no_grad():
                 spikes = run(inputs[0], weight, bias)
             if want is None:
@@ -250,31 +270,23 @@ def measure(neuron, shape, dtype, args, bandwidth, compiled):
                 check(neuron, spikes, inputs[0], weight, bias, dtype)
             row["differ"] = (spikes != want).float().mean().item()
             del spikes
-
-            def forward(x):
-                return run(x, weight, bias)
-
-            def both(x, g):
-                torch.autograd.grad(run(x, weight, bias), [x, *params], g)
-
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            row["saved"] = saved_bytes(lambda: forward(leaves[0])) / count
-            row["peak"] = peak_bytes(lambda: both(leaves[0], grads[0]), device)
-            for key, calls, least in (
-                    ("forward", [lambda x=x: forward(x) for x in leaves], least_bytes(neuron, dtype)[0]),
-                    ("both", [lambda x=x, g=g: both(x, g) for x, g in zip(leaves, grads)], least_bytes(neuron, dtype)[1])):
-                seconds, how = seconds_each(calls, device, args.seconds)
-                row[key] = dict(ms=seconds * 1e3, bytes=least, share_of_copy=least * count / seconds / bandwidth, how=how)
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
-        except Exception as e:  # a peer's failure is a result; ours isn't
-            if name == "ours":
-                raise
-            row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}" if str(e) else type(e).__name__
-        if name == "SpikingJelly":
+            row["saved"] = saved_bytes(lambda: forward(run, leaves[0], grads[0])) / count
+            row["peak"] = peak_bytes(lambda: both(run, leaves[0], grads[0]), device)
+    del want
+    rounds = 1 if device.type == "cuda" else 3  # a CPU is rarely ours alone: everyone in turn, the best of three
+    for row in rows * rounds:
+        for key, what in (("forward", forward), ("both", both)):
+            if "failed" not in row:
+                with failures_of(row):
+                    calls = [lambda x=x, g=g: what(row["run"], x, g) for x, g in zip(leaves, grads)]
+                    seconds, how = seconds_each(calls, device, args.seconds / rounds)
+                    if key not in row or seconds * 1e3 < row[key]["ms"]:
+                        share = least[key] * count / seconds / bandwidth
+                        row[key] = dict(ms=seconds * 1e3, bytes=least[key], share_of_copy=share, how=how)
+    for row in rows:
+        del row["run"]
+        if row["name"] == "SpikingJelly":
             row["name"] = f"SpikingJelly ({spikingjelly_path(device)})"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return rows, missing
 
 
@@ -456,12 +468,12 @@ def train_steps(batch, args):
         except Exception as e:
             if name == "ours":
                 raise
-            row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}" if str(e) else type(e).__name__
+            row["failed"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"
         net = optimizer = None
         if cuda:
             torch.cuda.empty_cache()
     for row in rows[1:]:
-        if "failed" not in row and abs(row["loss"] / rows[0]["loss"] - 1) > 0.05:
+        if "failed" not in row and "loss" in rows[0] and abs(row["loss"] / rows[0]["loss"] - 1) > 0.05:
             row["failed"] = f"another network: first loss {row['loss']:.4f}, ours {rows[0]['loss']:.4f}"
     return rows
 
@@ -490,7 +502,8 @@ def detail_table(rows):
             continue
         f, b = row["forward"], row["both"]
         t.add_row(row["name"], f"{f['ms']:.3g}", f"{100 * f['share_of_copy']:.0f}", f"{b['ms']:.3g}",
-                  f"{100 * b['share_of_copy']:.0f}", f"{b['ms'] / first['both']['ms']:.1f}x", f"{row['saved']:.2f}",
+                  f"{100 * b['share_of_copy']:.0f}",
+                  f"{b['ms'] / first['both']['ms']:.1f}x" if "both" in first else "-", f"{row['saved']:.2f}",
                   megabytes(row["peak"]), f"{row['differ']:.1e}" if row["differ"] else "0", b["how"])
     return t
 
@@ -502,6 +515,9 @@ def summary_table(groups):
               "forward ms", "forward + backward ms", "least B/neuron-step", "% of copy", "saved", "peak MiB", *peers)
     for rows in groups:
         ours, by_name = rows[0], {row["name"]: row for row in rows}
+        if "failed" in ours:
+            t.add_row(f"{ours['neuron']}, {ours['dtype']}, {ours['shape'][0]}", ours["failed"])
+            continue
         b = ours["both"]
         factors = [f"{by_name[p]['both']['ms'] / b['ms']:.1f}x" if "both" in by_name.get(p, {}) else "-" for p in peers]
         t.add_row(f"{ours['neuron']}, {ours['dtype']}, {ours['shape'][0]}", ", ".join(map(str, ours["shape"][1:])),
@@ -519,8 +535,9 @@ def network_table(rows):
         if "failed" in row:
             t.add_row(row["name"], str(row["batch"]), row["failed"], "", "", "")
             continue
+        factor = row["seconds"] / ours[row["batch"]].get("seconds", math.nan)
         t.add_row(row["name"], str(row["batch"]), f"{1e3 * row['seconds']:.3g}", f"{row['images_per_s']:.0f}",
-                  f"{row['seconds'] / ours[row['batch']]['seconds']:.1f}x", megabytes(row["peak"]))
+                  f"{factor:.1f}x", megabytes(row["peak"]))
     return t
 
 

@@ -83,7 +83,7 @@ def planes_like(x, T, dtype=None):
 
 
 def flat(x, like=None):
-    """x as flat (T, N) memory in the order of like[0] (of x[0]): a view if x lies so, else a copy. T-stride is N or 0."""
+    """x as flat (T, N) memory in the order of like[0] (of x[0]): a view if x lies so, else a copy. T-stride N or 0."""
     T, N, strides = x.shape[0], x[0].numel(), plane_strides(x if like is None else like)
     dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
@@ -279,19 +279,22 @@ def _lif(x: torch.Tensor, decay: float, v_th: float, lens: float, impl: str) -> 
     if impl == "torch":
         forward_torch(X, F, None, decay, v_th, lens)
     elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size()), X, F, F, X.shape[1], _step(X), decay, v_th, lens, SAVE=False)
+        _launch(_forward_kernel, block_size(X.element_size()), X, F, F, X.shape[1], _step(X), decay, v_th, lens,
+                SAVE=False)
     return spikes
 
 
 @torch.library.custom_op("idsnn::lif_train", mutates_args=())
-def _lif_train(x: torch.Tensor, decay: float, v_th: float, lens: float, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _lif_train(x: torch.Tensor, decay: float, v_th: float, lens: float,
+               impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     T = x.shape[0]
     spikes, bits = planes_like(x, T), planes_like(x, (T + 3) // 4, torch.uint8)
     X, F, B = flat(x), flat(spikes), flat(bits)
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
     elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X), decay, v_th, lens, SAVE=True)
+        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X), decay, v_th, lens,
+                SAVE=True)
     return spikes, bits
 
 

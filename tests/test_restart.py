@@ -124,7 +124,7 @@ def kill_and_compare(folder, script, flags, moments, say=lambda line: None):
     killed = sum([kill(folder, script, flags, "killed.pt", moment, say) for moment in moments])
     last = epochs_saved(folder / "killed.pt.last")
     output = finish(start(folder, script, f"{flags} --out killed.pt"))
-    say(f"{script}.py resumed from epoch {last} and ended")
+    say(f"{script}.py was finished" if "is finished" in output else f"{script}.py resumed from epoch {last} and ended")
     with contextlib.redirect_stdout(None):
         MAIN[script](f"{flags} --out calm.pt".split())
     calm, disturbed = sha256(folder / "calm.pt"), sha256(folder / "killed.pt")
@@ -443,16 +443,18 @@ def main(kills):
     """Half of the kills in stage 1, half in stage 3, on the digits; two in three at random moments, one in three while saving."""
     torch.set_num_threads(1)
     r, say = random.Random(0), lambda line: print(line, flush=True)
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}, one CPU thread"
+    sources = ["kernels/lif.py", "kernels/bn_lif.py", "train_teacher.py", "transfer_init.py", "train_idsnn.py"]
+    git = lambda *command: subprocess.run(["git", *command, "--", *sources], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = git("log", "-1", "--format=%h") + " (edited since)" * bool(git("status", "--short"))
+    versions = f"scripts and kernels of commit {commit}, python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}, one CPU thread"
     say(f"$ python tests/test_restart.py {kills}\n{versions}")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         done = 0
-        for script, flags, seconds in (("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 12", 1.5),
-                                       ("train_idsnn", "--device cpu --init init.pt --epochs 12", 4.0)):
+        for script, flags, seconds in (("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 3.0),
+                                       ("train_idsnn", "--device cpu --init init.pt --epochs 24", 6.0)):
             say(f"$ python {script}.py {flags} --out killed.pt   # and again after each kill")
-            saving = lambda: f"{r.choice(['fsync', 'replace', 'replaced'])}:1@0"
-            moments = [saving() if i % 3 == 2 else seconds * r.random() for i in range(kills // 2)]
+            moments = [f"{['fsync', 'replace', 'replaced'][i // 3 % 3]}:1@0" if i % 3 == 2 else seconds * r.random() for i in range(kills // 2)]
             done += kill_and_compare(Path(folder), script, flags, moments, say)
             if script == "train_teacher":
                 os.rename("killed.pt", "r34.pt")
