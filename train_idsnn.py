@@ -122,7 +122,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
     history = restore(earlier, model, optimizer, scaler) if earlier else []
     firing = FiringRates(model)
-    net = parallel(model, args)
+    net = parallel(model, args, layout)
 
     def noise(epoch, step):  # seed of the Poisson encoder
         return (args.seed * 10_000 + epoch) * 1_000_003 + step

@@ -402,7 +402,7 @@ def main(argv=None):
     model = ResNet(**arch).to(device, dtype, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
     history = restore(earlier, model, optimizer, scaler) if earlier else []
-    net = parallel(model, args)
+    net = parallel(model, args, layout)
 
     def checkpoint(resume=None):
         best = max(history, key=lambda row: row["test_acc"])["epoch"]
@@ -518,7 +518,7 @@ def init_distributed(args):
     if args.batch_size % world:
         fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes: give a multiple of {world}")
     if world > 1 and not dist.is_initialized():
-        # torchrun's store outlives its workers: restarted ones may read the addresses of the dead (PyTorch issue 135712), unless
+        # torchrun's store outlives its workers: restarted ones may read the addresses of the dead, unless
         # every attempt has a prefix. several nodes don't count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
         store, _, _ = next(dist.rendezvous("env://"))
@@ -553,10 +553,10 @@ def memory_format(device, width):
     return torch.channels_last if device.type == "cuda" or width >= lanes else torch.contiguous_format
 
 
-def parallel(model, args):
+def parallel(model, args, layout):
     """Compiled where asked for; gradients averaged over the processes where there are several."""
     if args.compile:
-        model = torch.compile(model)
+        model = torch.compile(model, options=dict(layout_optimization=layout == torch.channels_last))  # not by itself, see above
     if world_size() > 1:
         ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)  # statistics agree already
