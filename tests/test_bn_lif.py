@@ -437,7 +437,7 @@ def _rank(rank, world, folder):
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
         group = torch.distributed.group.WORLD
-    data = torch.load(os.path.join(folder, "data.pt"))
+    data = torch.load(os.path.join(folder, "data.pt"), weights_only=True)
     x, residual, g = (t.chunk(world, 1)[rank] for t in (data["x"], data["residual"], data["g"]))
     tensors = [t.detach().requires_grad_() for t in (x, data["weight"], data["bias"], residual)]
 
@@ -463,7 +463,7 @@ def test_two_processes_equal_one(tmp_path):
                tmp_path / "data.pt")
     _rank(0, 1, str(tmp_path))
     torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
-    alone, *ranks = (torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
+    alone, *ranks = (torch.load(tmp_path / name, weights_only=True) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
     for one, *two in zip(alone, *ranks):  # eager, then compiled
         near = dict(rtol=1e-12, atol=1e-13)
         assert torch.cat([r["spikes"] for r in two], 1).equal(one["spikes"])
