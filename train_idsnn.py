@@ -14,25 +14,55 @@ import torch
 import torch.nn.functional as F
 
 from kernels.lif import choose_impl
-from train_teacher import (DIGITS, PAPER, Log, Parser, ResNet, add_training_flags, batches, check_finite, claim, describe_run,
-                           earlier_run, epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint,
-                           load_data, make_checkpoint, memory_format, number, parallel, rank, restore, resume_state, run, run_identity,
+import train_teacher
+from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, batches, check_finite, claim, describe_run, earlier_run,
+                           epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data,
+                           make_checkpoint, memory_format, number, parallel, rank, restore, resume_state, run, run_identity,
                            set_precision, sha256_file, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
+
+# the teacher's recipes, and the student's own: eq. 5 to 8 and the authors' temperature and alpha, then what later papers found
+PAPER = train_teacher.PAPER | dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0, half_T=0.0)
+RECIPES = dict(
+    paper=PAPER,
+    fast=PAPER | train_teacher.RECIPES["fast"] | dict(epochs=60, ce="steps", kd="steps", half_T=0.5),
+    best=PAPER | train_teacher.RECIPES["best"] | dict(ce="steps", kd="steps", self_kd=1.0))
+DIGITS = train_teacher.DIGITS | dict(epochs=24)
 
 
 def parse_args(argv=None):
     p = Parser(description="Stage 3: train the Spiking ResNet.")
     p.add_argument("--init", default="snn_init.pt", help="initialised network of transfer_init.py; also says what the network is (default snn_init.pt)")
     p.add_argument("--teacher", help="checkpoint of train_teacher.py to distil from (default: the one that --init was made from)")
-    p.add_argument("--alpha", type=number(float, 0, 1e3), default=0.3, help="weight of the distillation loss, eq. 8 (default 0.3)")
-    p.add_argument("--temperature", type=number(float, 0, 1e3, above=True), default=4.0, help="of the softened class scores, eq. 6 (default 4)")
     p.add_argument("--no-init", action="store_true", help="ablation: start from fresh weights of the same network")
     p.add_argument("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
     p.add_argument("--dataset", help="cifar10, cifar100, digits, or a folder (default: as in --init)")
     add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None)
-    add_training_flags(p, out="idsnn.pt")
+    by_recipe = add_training_flags(p, RECIPES, DIGITS, out="idsnn.pt")
+    p.add_argument("--alpha", type=number(float, 0, 1e3), help=f"weight of the distillation loss, eq. 8 {by_recipe('alpha')}")
+    p.add_argument("--temperature", type=number(float, 0, 1e3, above=True), help=f"of the softened class scores, eq. 6 {by_recipe('temperature')}")
+    p.add_argument("--ce", choices=["mean", "steps"], help=f"cross-entropy of the mean over T, eq. 5, or mean over T of every step's (TET) {by_recipe('ce')}")
+    p.add_argument("--kd", choices=["mean", "steps"], help=f"the same choice for the distillation from the teacher {by_recipe('kd')}")
+    p.add_argument("--self-kd", type=number(float, 0, 1e3), help=f"weight of a distillation from the mean over T to every step {by_recipe('self_kd')}")
+    p.add_argument("--half-T", type=number(float, 0, 1), help=f"share of the run, at its start, that trains T/2 time-steps, at half the cost {by_recipe('half_T')}")
     return p.parse_args(argv)  # main() fills what is left out: from --init, then from the recipe
+
+
+def objective(scores, target, teacher_scores, args):
+    """The parts of the loss, and its sum: class scores (T, B, K), target shares (B, K), the teacher's scores (B, K) or None -> dict, scalar.
+
+    Eq. 5 to 8 ask it of the mean over T alone. Asked of every step (--ce steps: TET, Deng et al., ICLR 2022; --kd steps and
+    --self-kd: temporal-wise distillation, Yu et al., CVPR 2025) the first steps learn to be right too.
+    """
+    answer = scores.mean(0)
+    asked = {"mean": answer, "steps": scores.flatten(0, 1)}             # (B, K) or (T*B, K)
+    of_each = lambda x, which: x.repeat(len(asked[which]) // len(x), 1)  # (B, K) -> (B, K) or (T*B, K)
+    parts = dict(ce=F.cross_entropy(asked[args.ce], of_each(target, args.ce), label_smoothing=args.label_smoothing))
+    if teacher_scores is not None:
+        parts["kd"] = distillation(asked[args.kd], of_each(teacher_scores, args.kd), args.temperature)
+    if args.self_kd:
+        parts["self_kd"] = distillation(asked["steps"], of_each(answer.detach(), "steps"), args.temperature)
+    return parts, parts["ce"] + args.alpha * parts.get("kd", 0) + args.self_kd * parts.get("self_kd", 0)
 
 
 def distillation(scores, teacher_scores, temperature):
@@ -83,7 +113,7 @@ def main(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, arch[name])
         arch[name] = getattr(args, name)
-    fill_defaults(args, PAPER, digits=DIGITS | dict(epochs=24))
+    fill_defaults(args, RECIPES, DIGITS)
     device = init_distributed(args)
     precision, dtype, autocast, scaler = set_precision(args, device)
 
@@ -119,9 +149,11 @@ def main(argv=None):
     if not args.no_init:
         model.load_state_dict(init["model"])
     model.to(device, dtype, memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    history = restore(earlier, model, optimizer, scaler) if earlier else []
-    firing = FiringRates(model)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
+                                weight_decay=args.weight_decay, fused=device.type == "cuda")
+    product, follow = averaged(model, args, steps)
+    history = restore(earlier, model, product, optimizer, scaler) if earlier else []
+    firing = FiringRates(product)
     net = parallel(model, args, layout)
 
     def noise(epoch, step):  # seed of the Poisson encoder
@@ -129,51 +161,56 @@ def main(argv=None):
 
     def checkpoint(resume=None):
         best = max(history, key=lambda row: row["test_acc"])["epoch"]
-        return make_checkpoint("idsnn", arch, weights(model), args, identity, device,
+        return make_checkpoint("idsnn", arch, weights(product), args, identity, device,
                                data=data.describe(), parents=parents, metrics=dict(history=history, best_epoch=best)) | (resume or {})
 
+    asked = dict(mean="the mean over T", steps="every time-step")
     log = Log(args, log_file, dict(
         student=f"Spiking ResNet-{arch['depth']} ({arch['block']} blocks, width {arch['width']}, {arch['encoder']} encoding), "
                 f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}",
-        neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}",
+        neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}"
+               + f"; T {(args.T + 1) // 2} for the first {args.half_T:.0%} of the run" * (args.half_T > 0),
         start="fresh weights (--no-init)" if args.no_init else f"{args.init} (dataset, network and neuron too, where no flag says otherwise)",
         teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher else "none (--no-kd)",
+        loss=f"cross-entropy of {asked[args.ce]}" + f", distillation of {asked[args.kd]}" * bool(teacher)
+             + f", and of every step from the mean, weight {args.self_kd:g}" * (args.self_kd > 0),
         kernels=dict(triton="Triton", torch="PyTorch")[choose_impl(torch.empty(0, dtype=dtype, device=device), args.T, None)],
         data=str(data), **describe_run(args, device, precision)), history)
     with log:
         for epoch in range(len(history), args.epochs):
             net.train()
-            began, sums = time.time(), torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, distillation
-            for step, (x, y) in enumerate(batches(data, args, epoch, rank(), world_size())):
+            model.neuron.T = args.T if epoch >= args.half_T * args.epochs else (args.T + 1) // 2
+            began, sums = time.time(), 0  # of loss, accuracy and the loss's parts
+            for step, (x, target) in enumerate(batches(data, args, epoch, rank(), world_size())):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
                 with autocast:
-                    scores = net(model.encode(x, data, noise(epoch, step), world_size(), rank())).to(dtype).mean(0)  # (T, B, K) -> (B, K)
-                    loss = F.cross_entropy(scores, y)
-                    kd = torch.zeros_like(loss)
-                    if teacher:
-                        kd = distillation(scores, teacher(data.normalize(x)), args.temperature)
-                        loss = loss + args.alpha * kd
+                    scores = net(model.encode(x, data, noise(epoch, step), world_size(), rank())).to(dtype)  # (T, B, K)
+                    teacher_scores = teacher(data.normalize(x)).to(dtype) if teacher else None               # (B, K)
+                    parts, loss = objective(scores, target, teacher_scores, args)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                sums += torch.stack([loss.detach(), (scores.argmax(1) == y).to(loss.dtype).mean(), kd.detach()])
+                follow()
+                correct = (scores.mean(0).argmax(1) == target.argmax(1)).to(dtype).mean()
+                sums = sums + torch.stack([loss.detach(), correct, *(part.detach() for part in parts.values())]).double()
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
-            loss, accuracy, kd = epoch_means(sums, steps)
+            loss, accuracy, *means = epoch_means(sums, steps)
             seconds = time.time() - began
 
-            net.eval()
+            product.eval()
+            model.neuron.T = args.T
             with autocast:
-                test_acc, test_loss = evaluate(lambda x, start: model(model.encode(x, data, noise(0, start))).mean(0), data)
-            check_finite(model, (loss, test_loss), args, epoch)
+                test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).mean(0), data)
+            check_finite(product, (loss, test_loss), args, epoch)
             rates = firing.read()
-            history.append(dict(epoch=epoch + 1, loss=loss, ce=loss - args.alpha * kd, kd=kd, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
+            history.append(dict(epoch=epoch + 1, loss=loss, **dict(zip(parts, means)), train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
                                 firing=sum(rates.values()) / len(rates), lr=optimizer.param_groups[0]["lr"],
                                 images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began, rates=rates))
             log.epoch(history[-1])
             for line in warn(rates):
                 log.console.print(line)
-            log.save_last(epoch + 1, lambda: checkpoint(resume_state(optimizer, scaler)))
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, optimizer, scaler)))
         log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
 
 

@@ -8,6 +8,7 @@ From top to bottom: the recipe, the data, the network, main(); below it the mach
 errors, processes and precision, checkpoints and restarts, the log), which later stages import from here.
 """
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.optim import swa_utils
 
 try:
     import fcntl
@@ -37,36 +39,53 @@ except ImportError:  # Windows: two runs are not kept from writing one file
     fcntl = None
 
 # ------------------------------------------------------------------------------------------------------------- recipe
-# defaults: section 4.1 of the paper and, where it is silent (crop, flip, milestones), the authors' code
-PAPER = dict(epochs=200, batch_size=64, lr=0.05, momentum=0.9, weight_decay=1e-4, schedule="step", warmup=0.0, crop_padding=4, flip=True)
-# for 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
-DIGITS = dict(epochs=20, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
+# paper: section 4.1 and, where it is silent (crop, flip, milestones), the authors' code
+PAPER = dict(epochs=200, batch_size=64, lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-4, schedule="step", warmup=0.0,
+             label_smoothing=0.0, ema=0.0, aug="basic", crop_padding=4, flip=True)
+RECIPES = dict(
+    paper=PAPER,
+    # fast: all stages within ten minutes on one large GPU
+    fast=PAPER | dict(epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear", warmup=0.15),
+    # best: as accurate as we can, the augmentation still crop and flip alone
+    best=PAPER | dict(batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4, schedule="cosine", warmup=0.02))
+# whatever the recipe: for 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
+DIGITS = dict(epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
 
 
 def parse_args(argv=None):
     p = Parser(description="Stage 1: train the teacher ResNet.")
     p.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
     p.add_argument("--depth", type=number(int, 18, 152), default=34, choices=DEPTHS, help="layers of the ResNet (default 34)")
-    p.add_argument("--width", type=number(int, 1, 4096), help="channels of the first stage, which scales all others (default 64; digits 16)")
+    p.add_argument("--width", type=number(int, 1, 4096), help="channels of the first stage, which scales all others (default 64, digits 16)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: 3x3 for images up to 64 pixels, else ImageNet's 7x7 and max-pool")
-    add_training_flags(p, out="r34.pt")
+    add_training_flags(p, RECIPES, DIGITS, out="r34.pt")
     args = p.parse_args(argv)
-    fill_defaults(args, PAPER | dict(width=64), digits=DIGITS | dict(width=16))
+    fill_defaults(args, RECIPES, DIGITS, width=16 if args.dataset == "digits" else 64)
     return args
 
 
-def add_training_flags(p, out):
+def add_training_flags(p, recipes, digits, out):
     """The flags that both training stages have. A default of None is filled from the recipe by `fill_defaults`."""
-    p.add_argument("--epochs", type=number(int, 1, 9999), help="passes over the training set (default 200)")
-    p.add_argument("--batch-size", type=number(int, 2, 1 << 20), help="images per step over all processes (default 64)")
-    p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help="peak learning rate of SGD (default 0.05)")
-    p.add_argument("--momentum", type=number(float, 0, 1), help="momentum of SGD (default 0.9)")
-    p.add_argument("--weight-decay", type=number(float, 0, 1), help="L2 penalty on every parameter (default 1e-4)")
-    p.add_argument("--schedule", choices=["step", "cosine", "linear"], help="fall of the learning rate: x0.1 at each milestone, or to 0 along a cosine or a line (default step)")
+    def by_recipe(name):  # the defaults of a flag, as --help shows them
+        values = {recipe: recipes[recipe][name] for recipe in recipes} | ({"digits": digits[name]} if name in digits else {})
+        shown = {recipe: ("no", "yes")[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v for recipe, v in values.items()}
+        return f"(default {shown['paper']}" + "".join(f", {recipe} {v}" for recipe, v in shown.items() if v != shown["paper"]) + ")"
+
+    p.add_argument("--recipe", default="paper", choices=list(recipes), help="the set of defaults that the parentheses below speak of (default paper)")
+    p.add_argument("--epochs", type=number(int, 1, 9999), help=f"passes over the training set {by_recipe('epochs')}")
+    p.add_argument("--batch-size", type=number(int, 2, 1 << 20), help=f"images per step over all processes {by_recipe('batch_size')}")
+    p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help=f"peak learning rate of SGD {by_recipe('lr')}")
+    p.add_argument("--momentum", type=number(float, 0, 1), help=f"momentum of SGD {by_recipe('momentum')}")
+    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help=f"Nesterov's momentum {by_recipe('nesterov')}")
+    p.add_argument("--weight-decay", type=number(float, 0, 1), help=f"L2 penalty on every parameter {by_recipe('weight_decay')}")
+    p.add_argument("--schedule", choices=["step", "cosine", "linear"], help=f"fall of the learning rate: x0.1 at each milestone, or to 0 along a cosine or a line {by_recipe('schedule')}")
     p.add_argument("--milestones", type=milestones, metavar="E,E,...", help="epochs at which `step` multiplies the rate by 0.1 (default 30%%, 60%% and 80%% of the epochs: 60,120,160)")
-    p.add_argument("--warmup", type=number(float, 0, 0.99), help="share of the run in which the rate rises from 0 to --lr (default 0; digits 0.25)")
-    p.add_argument("--crop-padding", type=number(int, 0, 256), help="zero pixels around an image before the random crop (default 4; digits 1)")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the training images (default yes; digits no)")
+    p.add_argument("--warmup", type=number(float, 0, 0.99), help=f"share of the run in which the rate rises from 0 to --lr {by_recipe('warmup')}")
+    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help=f"share of the target that all classes divide evenly {by_recipe('label_smoothing')}")
+    p.add_argument("--ema", type=number(float, 0, 1), help=f"report and save the exponential mean of the weights, over this share of the run's steps; 0: the last weights {by_recipe('ema')}")
+    p.add_argument("--aug", choices=["basic", "strong"], help=f"basic: crop and flip; strong: CutMix on half of the images too {by_recipe('aug')}")
+    p.add_argument("--crop-padding", type=number(int, 0, 256), help=f"zero pixels around an image before the random crop {by_recipe('crop_padding')}")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help=f"mirror half of the training images {by_recipe('flip')}")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"], help="auto: on a GPU bf16 (fp16 where it has none), else fp32")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
@@ -75,13 +94,16 @@ def add_training_flags(p, out):
     p.add_argument("--data-dir", default="data", help="where downloads and decoded folders are kept (default data)")
     p.add_argument("--out", default=out, help=f"checkpoint to write; <out>.last while it trains, <out>.jsonl its log (default {out})")
     p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run left at --out")
+    return by_recipe
 
 
-def fill_defaults(args, recipe, digits):
+def fill_defaults(args, recipes, digits, **others):
     """Set every flag that the user left out: from the recipe, or from what suits the 8x8 digits."""
-    for name, value in (recipe | digits if args.dataset == "digits" else recipe).items():
+    for name, value in (recipes[args.recipe] | (digits if args.dataset == "digits" else {}) | others).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.nesterov and not args.momentum:
+        fail("argument --nesterov: needs a --momentum above 0")
     if args.milestones is None:
         args.milestones = [args.epochs * share for share in (0.3, 0.6, 0.8)]
 
@@ -225,10 +247,11 @@ def image(path, mode):
 
 
 def batches(data, args, epoch, rank, world):
-    """One epoch of training batches: uint8 `(B / world, C, H, W)`, channels-last, cropped and flipped, with their labels.
+    """One epoch of training batches: uint8 `(B / world, C, H, W)`, channels-last, cropped and flipped, and their targets
+    `(B / world, K)`, the share of each class in the image.
 
-    Order, crops and flips are drawn for the global batch on the CPU from (seed, epoch) and then sliced by rank: the same
-    on every device, at every world size, after every restart. The incomplete last batch is dropped.
+    Order, crops, flips and boxes are drawn for the global batch on the CPU from (seed, epoch) and then sliced by rank: the
+    same on every device, at every world size, after every restart. The incomplete last batch is dropped.
     """
     C, H, W = data.shape
     device, pad, steps = data.train_x.device, args.crop_padding, len(data.train_y) // args.batch_size
@@ -236,14 +259,42 @@ def batches(data, args, epoch, rank, world):
     order = torch.randperm(len(data.train_y), generator=g)[: steps * args.batch_size]
     top, left = torch.randint(2 * pad + 1, (2, len(order)), generator=g)
     flip = torch.rand(len(order), generator=g) < (0.5 if args.flip else 0.0)
-    draws = torch.stack([order, top, left, flip]).view(4, steps, world, -1)[:, :, rank].to(device)  # (4, steps, B / world)
+    draws = torch.stack([order, top, left, flip]).view(4, steps, -1)
+    if args.aug == "strong":  # the image before it in the global batch, and where that shows through
+        draws = torch.cat([draws, draws.roll(1, 2), cutmix_boxes(len(order), H, W, g).view(4, steps, -1)])
+    draws = draws.unflatten(2, (world, -1))[:, :, rank].to(device)  # (4 or 12, steps, B / world)
     padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))  # zeros on the raw pixels, as torchvision's RandomCrop
     rows, cols = torch.arange(H, device=device), torch.arange(W, device=device)
-    for index, top, left, flip in draws.unbind(1):
-        y = top[:, None] + rows                                              # (B, H)
+    one_hot = torch.eye(len(data.classes), dtype=data.offset.dtype, device=device)
+
+    def cut(index, top, left, flip):
+        y = top[:, None] + rows                                                 # (B, H)
         x = left[:, None] + torch.where(flip[:, None] > 0, W - 1 - cols, cols)  # (B, W)
-        crop = padded[index[:, None, None], y[:, :, None], x[:, None, :]]    # (B, H, W, C)
-        yield crop.permute(0, 3, 1, 2), data.train_y[index]
+        return padded[index[:, None, None], y[:, :, None], x[:, None, :]], one_hot[data.train_y[index]]  # (B, H, W, C), (B, K)
+
+    for draw in draws.unbind(1):
+        image, target = cut(*draw[:4])
+        if args.aug == "strong":
+            other_image, other_target = cut(*draw[4:8])
+            first_row, last_row, first_col, last_col = draw[8:, :, None]
+            in_rows, in_cols = (rows >= first_row) & (rows < last_row), (cols >= first_col) & (cols < last_col)  # (B, H), (B, W)
+            inside = in_rows[:, :, None] & in_cols[:, None, :]                                                 # (B, H, W)
+            image = torch.where(inside[..., None], other_image, image)
+            target = torch.lerp(target, other_target, inside.to(target.dtype).mean((1, 2))[:, None])
+        yield image.permute(0, 3, 1, 2), target
+
+
+def cutmix_boxes(n, H, W, g):
+    """CutMix (Yun et al. 2019): (4, n) first row, last row (excluded), first and last column of a box anywhere in an H x W image.
+
+    Its area, before the image's edge cuts it off, is uniform from 0 to H*W; half of the boxes are empty.
+    """
+    side = torch.rand(n, generator=g).sqrt() * (torch.rand(n, generator=g) < 0.5)
+    edges = []
+    for size in (H, W):
+        middle = torch.rand(n, generator=g)
+        edges += [((middle + sign * side / 2).clamp(0, 1) * size).round().long() for sign in (-1, 1)]
+    return torch.stack(edges)
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -400,13 +451,15 @@ def main(argv=None):
     stem = args.stem if args.stem != "auto" else "3x3" if max(data.shape[1:]) <= 64 else "7x7"
     arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0], width=args.width, stem=stem)
     model = ResNet(**arch).to(device, dtype, memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    history = restore(earlier, model, optimizer, scaler) if earlier else []
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
+                                weight_decay=args.weight_decay, fused=device.type == "cuda")
+    product, follow = averaged(model, args, steps)
+    history = restore(earlier, model, product, optimizer, scaler) if earlier else []
     net = parallel(model, args, layout)
 
     def checkpoint(resume=None):
         best = max(history, key=lambda row: row["test_acc"])["epoch"]
-        return make_checkpoint("teacher", arch, weights(model), args, identity, device,
+        return make_checkpoint("teacher", arch, weights(product), args, identity, device,
                                data=data.describe(), metrics=dict(history=history, best_epoch=best)) | (resume or {})
 
     log = Log(args, log_file, dict(
@@ -416,28 +469,29 @@ def main(argv=None):
         for epoch in range(len(history), args.epochs):
             net.train()
             began, sums = time.time(), torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
-            for step, (x, y) in enumerate(batches(data, args, epoch, rank(), world_size())):
+            for step, (x, target) in enumerate(batches(data, args, epoch, rank(), world_size())):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
                 with autocast:
-                    logits = net(data.normalize(x))
-                    loss = F.cross_entropy(logits, y)
+                    logits = net(data.normalize(x)).to(dtype)
+                    loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                sums += torch.stack([loss.detach(), (logits.argmax(1) == y).to(loss.dtype).mean()])
+                follow()
+                sums += torch.stack([loss.detach(), (logits.argmax(1) == target.argmax(1)).to(dtype).mean()])
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
             loss, accuracy = epoch_means(sums, steps)
             seconds = time.time() - began
 
-            net.eval()
+            product.eval()
             with autocast:
-                test_acc, test_loss = evaluate(lambda x, _: model(data.normalize(x)), data)
-            check_finite(model, (loss, test_loss), args, epoch)
+                test_acc, test_loss = evaluate(lambda x, _: product(data.normalize(x)), data)
+            check_finite(product, (loss, test_loss), args, epoch)
             history.append(dict(epoch=epoch + 1, loss=loss, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
                                 lr=optimizer.param_groups[0]["lr"], images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began))
             log.epoch(history[-1])
-            log.save_last(epoch + 1, lambda: checkpoint(resume_state(optimizer, scaler)))
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, optimizer, scaler)))
         log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
 
 
@@ -563,6 +617,17 @@ def parallel(model, args, layout):
     return model
 
 
+def averaged(model, args, steps):
+    """(the network that is evaluated and saved, a function to call after each step): `model` itself, or with --ema a copy
+    of it whose weights and statistics follow as an exponential mean over that share of the run."""
+    if args.ema == 0:
+        return model, lambda: None
+    product = copy.deepcopy(model)
+    update = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(args.ema * args.epochs * steps, 1))
+    mine, theirs = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (product, model))
+    return product, lambda: update(mine, theirs, None)
+
+
 def epoch_means(sums, steps):
     """An epoch's sums over its steps -> means over steps and processes."""
     if world_size() > 1:
@@ -661,15 +726,16 @@ def weights(model):
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in names}
 
 
-def resume_state(optimizer, scaler):
+def resume_state(model, optimizer, scaler):
     """What <out>.last holds beyond a checkpoint. The data need nothing: they are drawn from (seed, epoch)."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return dict(resume=dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng))
+    return dict(resume=dict(model=weights(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng))
 
 
-def restore(checkpoint, model, optimizer, scaler):
+def restore(checkpoint, model, product, optimizer, scaler):
     """Put the state of <out>.last in place; returns the history so far."""
-    model.load_state_dict(checkpoint["model"])
+    product.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["resume"]["model"])
     optimizer.load_state_dict(checkpoint["resume"]["optimizer"])
     scaler.load_state_dict(checkpoint["resume"]["scaler"])
     torch.set_rng_state(checkpoint["resume"]["rng"][0])
@@ -740,7 +806,9 @@ def describe_run(args, device, precision):
     schedule = f"x0.1 at {', '.join(f'{m:g}' for m in args.milestones)}" if args.schedule == "step" else args.schedule
     return dict(device=f"{device_name(device)}, {precision}, {world_size()} process{'es' * (world_size() > 1)}, torch {torch.__version__}",
                 recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g}, {schedule}, warm-up {args.warmup:g}, "
-                       f"weight decay {args.weight_decay:g}, crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}, seed {args.seed}")
+                       f"{'Nesterov ' * args.nesterov}momentum {args.momentum:g}, weight decay {args.weight_decay:g}, label smoothing {args.label_smoothing:g}, "
+                       f"weights averaged over {args.ema:g}, seed {args.seed}",
+                images=f"crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}{', CutMix' * (args.aug == 'strong')}")
 
 
 class Log:

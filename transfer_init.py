@@ -30,6 +30,7 @@ def parse_args(argv=None):
     p.add_argument("--block", default="basic", choices=["basic", "sew"], help="basic: LIF after the residual add (Fig. 1b, default); sew: before it (Fig. 1c)")
     p.add_argument("--block-map", default="spread", choices=["spread", "first"], help="which teacher block fills block j of a stage: at its relative position (the paper's text, default), or block min(j, n-1) (the authors' code)")
     p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"], help="downsampling shortcuts: transferred (default), or left fresh as in the authors' code")
+    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's")
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"], help="the image as current at every step (default), or spikes of probability pixel/255 (Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, T=4, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True)
@@ -156,8 +157,9 @@ def source_block(j, m, n, block_map):
 
 
 @torch.no_grad()
-def transfer(student, source, block_map="spread", shortcut="transfer"):
-    """Fill `student` in place from `source`, a ResNet's state dict; the classifier stays fresh (paper, sections 3.2.2, 3.3.2).
+def transfer(student, source, block_map="spread", shortcut="transfer", classifier="fresh"):
+    """Fill `student` in place from `source`, a ResNet's state dict; the classifier stays fresh (paper, sections 3.2.2, 3.3.2)
+    unless classifier="transfer", which loops its columns.
 
     Returns one row per layer: (name, layer of the source or "", what was done). Raises ValueError where the source has other
     blocks (basic against bottleneck), and KeyError where it lacks a tensor that should have been copied.
@@ -171,7 +173,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer"):
     rows = {}
     for name, tensor in target.items():
         layer, origin = name.rpartition(".")[0], name
-        if name.startswith("fc.") or (other_stem and name.startswith(("conv1.", "bn1."))) or (shortcut == "fresh" and ".downsample." in name):
+        if (classifier == "fresh" and name.startswith("fc.")) or (other_stem and name.startswith(("conv1.", "bn1."))) or (shortcut == "fresh" and ".downsample." in name):
             rows[layer] = ("", "fresh")
             continue
         if name.startswith("layer"):
@@ -228,7 +230,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
     try:
-        rows = transfer(student, teacher["model"], args.block_map, args.shortcut)
+        rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
     except ValueError as error:
         fail(f"{args.src}: {error}: give --depth of the same kind")
     except (KeyError, IndexError, RuntimeError) as error:
