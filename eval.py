@@ -40,8 +40,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from train_idsnn import warn
-from train_teacher import (PAPER, BasicBlock, Bottleneck, Parser, ResNet, device_name, fail, init_distributed, load_checkpoint, load_data,
+from train_idsnn import PAPER, warn
+from train_teacher import (BasicBlock, Bottleneck, Parser, ResNet, device_name, fail, init_distributed, load_checkpoint, load_data,
                            number, run, set_precision, sha256_file)
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
 
@@ -101,7 +101,7 @@ def reported(r):
     """The paper's number for the setting of run `r`, as (accuracy, epoch, table), or None where it has none."""
     config, arch, milestones = r["config"], r["arch"], r["config"].get("milestones")
     same = (r["stage"] == "idsnn" and (arch["depth"], arch["width"], arch["block"]) == (18, 64, "basic")
-            and all(config[name] == value for name, value in PAPER.items() if name != "epochs")
+            and all(config.get(name, value) == value for name, value in PAPER.items() if name != "epochs")
             and milestones in ([60, 120, 160], [20, 40, 60], [10, 20, 30]) and (milestones[0] < 60 or config["epochs"] == 200)
             and (r["data"] or {}).get("train") == 50_000)
     keys = [(r["dataset"], r["init"], r["kd"], T, milestones[0]) for T in (arch["T"], None)] if same else []

@@ -14,6 +14,8 @@ from train_teacher import BatchNormReLU, Images, evaluate, load_checkpoint
 
 TRAIN = ["--epochs", "2", "--precision", "fp64", "--batch-size", "12", "--dataset", "set"]  # 5 steps an epoch; 7 test images
 
+MORE = "--aug strong --ema 0.2 --nesterov --label-smoothing 0.1 --ce steps --kd steps --self-kd 1 --half-T 0.5".split()
+
 
 def seven_images():
     x = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 2, 2, 1).contiguous()
@@ -52,6 +54,7 @@ def worker(rank, port):
     torch.distributed.barrier()
     for encoder in ("direct", "poisson"):
         train_idsnn.main(TRAIN + ["--init", f"{encoder}.pt", "--out", f"{encoder}2.pt"])
+    train_idsnn.main(TRAIN + MORE + ["--init", "direct.pt", "--out", "more2.pt"])
     torch.distributed.destroy_process_group()
 
 
@@ -65,17 +68,18 @@ def runs(tmp_path_factory):
     for encoder in ("direct", "poisson"):
         transfer_init.main(["--src", "teacher1.pt", "--encoder", encoder, "--T", "2", "--out", f"{encoder}.pt"])
         train_idsnn.main(TRAIN + ["--init", f"{encoder}.pt", "--out", f"{encoder}1.pt"])
+    train_idsnn.main(TRAIN + MORE + ["--init", "direct.pt", "--out", "more1.pt"])
     port = 29400 + os.getpid() % 500
     mp.spawn(worker, (port,), nprocs=2)
     yield folder
     os.chdir(before)
 
 
-@pytest.mark.parametrize("name", ["teacher", "direct", "poisson"])
+@pytest.mark.parametrize("name", ["teacher", "direct", "poisson", "more"])
 def test_two_processes_give_the_weights_of_one(runs, name):
     one, two = (load_checkpoint(runs / f"{name}{n}.pt") for n in (1, 2))
     assert one["provenance"]["world_size"] == 1 and two["provenance"]["world_size"] == 2
-    start = load_checkpoint(runs / f"{name}.pt")["model"] if name != "teacher" else None
+    start = load_checkpoint(runs / f"{name.replace('more', 'direct')}.pt")["model"] if name != "teacher" else None
     for key, value in one["model"].items():
         assert torch.dist(value.double(), two["model"][key].double()) <= 1e-10 * value.double().norm(), key
         if start and "conv" in key:

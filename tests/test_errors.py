@@ -67,11 +67,13 @@ def refused(made, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ flags
-TRAINING = ["--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--milestones", "--warmup", "--crop-padding", "--seed"]
+TRAINING = ["--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--milestones", "--warmup", "--label-smoothing", "--ema",
+            "--crop-padding", "--seed"]
 NEURON = ["--T", "--decay", "--v-th", "--lens"]
 NUMERIC = {"teacher": ["--depth", "--width", *TRAINING], "init": ["--depth", "--width", "--seed", *NEURON],
-           "idsnn": ["--alpha", "--temperature", *NEURON, *TRAINING], "eval": ["--T", "--batch-size"]}
-MAY_BE_0 = {"--momentum", "--weight-decay", "--warmup", "--crop-padding", "--seed", "--decay", "--alpha"}
+           "idsnn": ["--alpha", "--temperature", "--self-kd", "--half-T", *NEURON, *TRAINING], "eval": ["--T", "--batch-size"]}
+MAY_BE_0 = {"--momentum", "--weight-decay", "--warmup", "--label-smoothing", "--ema", "--crop-padding", "--seed", "--decay", "--alpha",
+            "--self-kd", "--half-T"}
 MAY_BE_HUGE = {"--milestones"}  # one that is never reached
 
 
@@ -92,6 +94,9 @@ def test_numeric_flags(refused, script, flag, value):
     ("teacher", "--milestones 60,20", ["--milestones", "60,20", "rising"]),
     ("teacher", "--warmup 1", ["--warmup", "from 0 to 0.99"]),
     ("teacher", "--schedule constant", ["--schedule", "constant", "cosine"]),
+    ("teacher", "--recipe slow", ["--recipe", "slow", "fast"]),
+    ("teacher", "--recipe fast --momentum 0", ["--nesterov", "--momentum"]),
+    ("teacher", "--aug mixup", ["--aug", "mixup", "strong"]),
     ("teacher", "--precision fp8", ["--precision", "fp8", "bf16"]),
     ("teacher", "--device tpu", ["--device", "tpu", "cuda"]),
     ("teacher", "--stem 5x5", ["--stem", "5x5", "7x7"]),
@@ -105,7 +110,10 @@ def test_numeric_flags(refused, script, flag, value):
     ("init", "--src r34.pt --encoder rate", ["--encoder", "rate", "poisson"]),
     ("init", "--src r34.pt --shortcut no", ["--shortcut", "no", "fresh"]),
     ("init", "--src r34.pt --depth 50 --out new.pt", ["r34.pt", "bottleneck", "--depth"]),
+    ("init", "--src r34.pt --classifier no", ["--classifier", "no", "transfer"]),
     ("idsnn", "--tau 2", ["--tau"]),
+    ("idsnn", "--recipe slow", ["--recipe", "slow", "fast"]),
+    ("idsnn", "--ce all", ["--ce", "all", "steps"]),
     ("eval", "--T 4 0", ["--T", "'0'"]),
     ("eval", "r34.pt --T 4", ["--T", "r34.pt", "teacher"]),
     ("eval", "--no-energy", ["--no-energy"]),

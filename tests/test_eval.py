@@ -223,7 +223,7 @@ def result(name, accuracies, init=True, kd=True, T=4, dataset="cifar100", **conf
     best = max(history, key=lambda row: row["test_acc"])
     return dict(file=name, stage="idsnn", dataset=dataset, T=T, init=init, kd=kd, epochs=len(history), last=accuracies[-1], history=history,
                 arch=dict(depth=18, width=64, block="basic", encoder="direct", T=T), best=best["test_acc"], best_epoch=best["epoch"],
-                seconds=2.0 * len(history), config=train_teacher.PAPER | dict(milestones=[60, 120, 160]) | config, data=dict(train=50_000))
+                seconds=2.0 * len(history), config=train_idsnn.PAPER | dict(milestones=[60, 120, 160]) | config, data=dict(train=50_000))
 
 
 def test_comparison_by_hand():

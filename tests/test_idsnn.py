@@ -9,7 +9,7 @@ import train_idsnn
 import train_teacher
 import transfer_init
 from test_teacher import make_folder
-from train_idsnn import FiringRates, distillation, warn
+from train_idsnn import FiringRates, distillation, objective, warn
 from train_teacher import load_checkpoint
 from transfer_init import BatchNormLIF, SpikingResNet
 
@@ -21,6 +21,48 @@ def test_distillation_by_hand():
     assert distillation(scores, teacher, 2.0).item() == pytest.approx(4 * kl)
     both = distillation(torch.cat([scores, teacher]), torch.zeros(2, 2), 2.0)  # mean over the batch
     assert both.item() == pytest.approx(2 * kl)
+
+
+def by_hand(scores, target, teacher, ce="mean", kd="mean", alpha=0.3, self_kd=0.0, temperature=4.0, label_smoothing=0.0):
+    """Parts of the loss for one image, straight from eq. 5 to 8: scores (T, K), target (K,), teacher (K,)."""
+    softmax = lambda s: [math.exp(v) / sum(math.exp(u) for u in s) for v in s]
+    soft = lambda s: softmax([v / temperature for v in s])
+    kl = lambda p, q: temperature ** 2 * sum(a * math.log(a / b) for a, b in zip(p, q))
+    entropy = lambda p, s: -sum(a * math.log(b) for a, b in zip(p, softmax(s)))
+    mean = [sum(column) / len(scores) for column in zip(*scores)]
+    asked = dict(mean=[mean], steps=scores)
+    average = lambda values: sum(values) / len(values)
+    smooth = [(1 - label_smoothing) * v + label_smoothing / len(target) for v in target]
+    return dict(ce=average([entropy(smooth, s) for s in asked[ce]]), kd=average([kl(soft(teacher), soft(s)) for s in asked[kd]]),
+                self_kd=average([kl(soft(mean), soft(s)) for s in scores]))
+
+
+@pytest.mark.parametrize("flags", [{}, dict(ce="steps"), dict(kd="steps"), dict(ce="steps", kd="steps", self_kd=0.7), dict(label_smoothing=0.2)])
+def test_objective_by_hand(flags):
+    g = torch.Generator().manual_seed(3)
+    scores, teacher = torch.randn(3, 2, 4, generator=g, dtype=torch.float64), torch.randn(2, 4, generator=g, dtype=torch.float64)
+    target = torch.tensor([[0, 1.0, 0, 0], [0.25, 0, 0, 0.75]], dtype=torch.float64)
+    args = train_idsnn.parse_args([])
+    vars(args).update(train_idsnn.PAPER | flags)
+    parts, loss = objective(scores.requires_grad_(), target, teacher, args)
+    images = [by_hand(scores[:, i].tolist(), target[i].tolist(), teacher[i].tolist(), **flags) for i in range(2)]
+    for name, part in parts.items():
+        assert part.item() == pytest.approx((images[0][name] + images[1][name]) / 2), name
+    assert parts.keys() == {"ce", "kd"} | ({"self_kd"} if "self_kd" in flags else set())
+    weight = dict(ce=1, kd=0.3, self_kd=flags.get("self_kd", 0))
+    assert loss.item() == pytest.approx(sum(weight[name] * part.item() for name, part in parts.items()))
+    assert objective(scores, target, None, args)[0].keys() == parts.keys() - {"kd"}
+
+
+def test_the_mean_teaches_the_steps_and_not_they_it():
+    scores = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]], requires_grad=True)  # their mean says nothing: it must not move
+    args = train_idsnn.parse_args([])
+    vars(args).update(train_idsnn.PAPER | dict(self_kd=1.0))
+    parts, _ = objective(scores, torch.tensor([[0.5, 0.5]]), None, args)
+    gradient, = torch.autograd.grad(parts["self_kd"], scores)
+    # d/ds of temperature^2 * KL(q || softmax(s / temperature)), mean over 2 steps: temperature / 2 * (softmax(s / temperature) - q)
+    soft = torch.softmax(scores / 4, -1)
+    assert torch.allclose(gradient, 4 / 2 * (soft - 0.5))
 
 
 def test_firing_rates_count_what_evaluation_sees():
@@ -84,7 +126,7 @@ def test_ablations(stages, monkeypatch):
     for made in (full, no_init):
         assert last(made)["kd"] > 0 and last(made)["loss"] == pytest.approx(last(made)["ce"] + 0.3 * last(made)["kd"], rel=1e-5)
     for made in (no_kd, baseline):
-        assert last(made)["kd"] == 0 and last(made)["loss"] == pytest.approx(last(made)["ce"], rel=1e-5)
+        assert "kd" not in last(made) and last(made)["loss"] == pytest.approx(last(made)["ce"], rel=1e-5)
         assert "teacher" not in made["provenance"]["parents"]
 
 
@@ -106,3 +148,24 @@ def test_a_half_precision_run_keeps_fp32_weights(stages, monkeypatch):
     assert all(v.dtype == torch.float32 for k, v in made["model"].items() if "num_batches" not in k)
     assert not torch.equal(made["model"]["layer3.0.conv1.weight"], start["layer3.0.conv1.weight"])
     assert math.isfinite(made["metrics"]["history"][-1]["loss"])
+
+
+def test_half_T_trains_the_first_part_of_the_run_on_half_the_steps(stages, monkeypatch):
+    monkeypatch.chdir(stages)
+    seen = []
+    forward = SpikingResNet.forward
+    monkeypatch.setattr(SpikingResNet, "forward", lambda self, x: (seen.append((self.training, len(s := forward(self, x)))), s)[1])
+    made = train("--epochs", "3", "--half-T", "0.5", "--ema", "0.5")  # T = 3: two steps in the epochs that begin before half the run
+    assert [T for training, T in seen if training] == [2] * 6 + [3] * 3
+    assert {T for training, T in seen if not training} == {3} and made["arch"]["T"] == 3
+
+
+def test_a_recipe_fills_what_no_flag_says(stages, monkeypatch):
+    monkeypatch.chdir(stages)
+    for recipe, values in train_idsnn.RECIPES.items():
+        assert values.keys() == train_idsnn.PAPER.keys()
+        made = train("--recipe", recipe)["config"]
+        told = {"epochs", "lr", "weight_decay", "batch_size"}
+        assert {k: made[k] for k in values if k not in told} == {k: v for k, v in values.items() if k not in told}
+    assert train("--recipe", "best", "--self-kd", "0")["config"]["self_kd"] == 0
+    assert train_idsnn.PAPER.items() >= train_teacher.PAPER.items()

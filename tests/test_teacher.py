@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train_teacher
-from train_teacher import DEPTHS, BatchNorm2d, Images, ResNet, batches, evaluate, learning_rate, load_data, parse_args
+from train_teacher import DEPTHS, BatchNorm2d, Images, ResNet, batches, evaluate, learning_rate, load_checkpoint, load_data, parse_args
 
 
 def make_folder(root, classes=("cat", "dog", "owl"), train=4, test=2, size=(6, 5), mode="RGB", seed=0):
@@ -84,7 +84,7 @@ def test_crops_are_windows_of_the_zero_padded_image_and_flips_their_mirror():
                         windows[window.numpy().tobytes()] = (i, False, (top, left))
                         windows[window.flip(2).numpy().tobytes()] = (i, True, (top, left))
             i, flipped, corner = windows[image.contiguous().numpy().tobytes()]  # KeyError: no window of any image
-            assert data.train_y[i] == label
+            assert label.tolist() == F.one_hot(data.train_y[i], 3).tolist()
             seen_flip, seen_shift = seen_flip or flipped, seen_shift or corner != (2, 2)
     assert seen_flip and seen_shift
 
@@ -96,14 +96,15 @@ def test_an_epoch_shows_each_image_once_and_drops_the_incomplete_batch():
     assert set(shown) <= {tuple(x.permute(2, 0, 1).flatten().tolist()) for x in data.train_x}
 
 
-def test_ranks_share_the_global_batch_and_every_epoch_differs():
+@pytest.mark.parametrize("aug", ["basic", "strong"])
+def test_ranks_share_the_global_batch_and_every_epoch_differs(aug):
     data = tiny_data()
-    whole = augment(data, "--batch-size", "6")
-    halves = [augment(data, "--batch-size", "6", rank=r, world=2) for r in range(2)]
+    whole = augment(data, "--batch-size", "6", "--aug", aug)
+    halves = [augment(data, "--batch-size", "6", "--aug", aug, rank=r, world=2) for r in range(2)]
     for step, (x, y) in enumerate(whole):
         assert torch.equal(x, torch.cat([halves[r][step][0] for r in range(2)]))
         assert torch.equal(y, torch.cat([halves[r][step][1] for r in range(2)]))
-    same, other = augment(data, "--batch-size", "6"), augment(data, "--batch-size", "6", epoch=1)
+    same, other = (augment(data, "--batch-size", "6", "--aug", aug, epoch=epoch) for epoch in (0, 1))
     assert torch.equal(whole[0][0], same[0][0]) and not torch.equal(whole[0][0], other[0][0])
 
 
@@ -112,6 +113,29 @@ def test_no_crop_no_flip_leaves_the_pixels_alone():
     originals = {x.permute(2, 0, 1).numpy().tobytes() for x in data.train_x}
     assert all(image.contiguous().numpy().tobytes() in originals
                for x, _ in augment(data, "--batch-size", "4", "--crop-padding", "0", "--no-flip") for image in x)
+
+
+def test_cutmix_shows_a_box_of_the_image_before_and_shares_the_target():
+    n, K, S = 400, 7, 6
+    x = torch.arange(n).view(n, 1, 1, 1).expand(n, S, S, 1) // torch.tensor([256, 1]) % 256  # two channels: the image's own number
+    y = torch.arange(n) % K
+    data = Images("tiny", list(range(K)), x.to(torch.uint8).contiguous(), y, x[:1].to(torch.uint8), y[:1]).to("cpu", torch.float64)
+    shares = []
+    for x, target in augment(data, "--batch-size", "20", "--crop-padding", "0", "--aug", "strong"):
+        number = x[:, 0].long() * 256 + x[:, 1]                            # (B, H, W): which image a pixel is of
+        plain = [augment(data, "--batch-size", "20", "--crop-padding", "0")[len(shares) // 20][0]]
+        own = plain[0][:, 0, 0, 0].long() * 256 + plain[0][:, 1, 0, 0]     # (B,): the draws of crop and flip are the same
+        for i in range(20):
+            box = number[i] == own[i - 1]
+            assert (box | (number[i] == own[i])).all()
+            assert box.sum() == box.any(1).sum() * box.any(0).sum()        # a rectangle
+            share = box.double().mean()
+            expected = (1 - share) * F.one_hot(y[own[i]], K) + share * F.one_hot(y[own[i - 1]], K)
+            assert torch.allclose(target[i], expected)
+            shares.append(share.item())
+    boxed = [s for s in shares if s > 0]
+    assert 0.35 * n < len(boxed) < 0.55 * n and max(boxed) > 0.6           # about half; the smallest round to nothing
+    assert 0.25 < sum(boxed) / len(boxed) < 0.5                            # 1/2, less what the edges cut off
 
 
 # --------------------------------------------------------------------------------------------- network
@@ -185,3 +209,40 @@ def test_recipe_is_the_papers():
     digits = parse_args(["--dataset", "digits", "--epochs", "3"])
     assert (digits.width, digits.crop_padding, digits.flip, digits.epochs) == (16, 1, False, 3)
     assert math.isclose(learning_rate(digits, 0.75), 0.05)
+    assert (args.nesterov, args.label_smoothing, args.ema, args.aug) == (False, 0, 0, "basic")
+
+
+def test_a_recipe_fills_what_no_flag_says():
+    fast = parse_args(["--recipe", "fast", "--batch-size", "100", "--no-nesterov"])
+    assert (fast.batch_size, fast.nesterov, fast.lr) == (100, False, train_teacher.RECIPES["fast"]["lr"])
+    for recipe, values in train_teacher.RECIPES.items():
+        assert values.keys() == train_teacher.PAPER.keys()
+        assert vars(parse_args(["--recipe", recipe])).items() >= values.items()
+        assert (values["aug"], values["crop_padding"], values["flip"]) == ("basic", 4, True)  # rows of strong augmentation stand apart
+
+
+def test_the_average_of_the_weights_is_what_is_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "set", train=8, size=(8, 8))
+    seen, step = [], torch.optim.SGD.step
+
+    def spy(self, *args):
+        step(self, *args)
+        seen.append(self.param_groups[0]["params"][0].detach().clone())  # conv1
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    command = ["--dataset", "set", "--width", "2", "--depth", "18", "--epochs", "3", "--batch-size", "8", "--out"]
+    train_teacher.main([*command, "plain.pt"])
+    plain, seen[:] = list(seen), []
+    train_teacher.main([*command, "ema.pt", "--ema", "0.5"])
+    assert len(plain) == len(seen) == 9 and all(map(torch.equal, plain, seen))  # it does not touch training
+    keep, (mean, *rest) = 1 - 1 / (0.5 * 9), [start_weights()] + seen
+    for value in rest:
+        mean = keep * mean + (1 - keep) * value
+    assert torch.allclose(load_checkpoint("ema.pt")["model"]["conv1.weight"], mean, rtol=1e-5)
+    assert torch.equal(load_checkpoint("plain.pt")["model"]["conv1.weight"], seen[-1])
+
+
+def start_weights():
+    torch.manual_seed(0)
+    return ResNet(18, 3, width=2).conv1.weight.detach()
