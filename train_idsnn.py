@@ -22,10 +22,10 @@ from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, ba
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
 # the teacher's recipes, and the student's own: eq. 5 to 8 and the authors' temperature and alpha, then what later papers found
-PAPER = train_teacher.PAPER | dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0, half_T=0.0)
+PAPER = train_teacher.PAPER | dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0)
 RECIPES = dict(
     paper=PAPER,
-    fast=PAPER | train_teacher.RECIPES["fast"] | dict(epochs=60, ce="steps", kd="steps", half_T=0.5),
+    fast=PAPER | train_teacher.RECIPES["fast"] | dict(epochs=60, ce="steps", kd="steps"),
     best=PAPER | train_teacher.RECIPES["best"] | dict(ce="steps", kd="steps", self_kd=1.0))
 DIGITS = train_teacher.DIGITS | dict(epochs=24)
 
@@ -44,7 +44,6 @@ def parse_args(argv=None):
     p.add_argument("--ce", choices=["mean", "steps"], help=f"cross-entropy of the mean over T, eq. 5, or mean over T of every step's (TET) {by_recipe('ce')}")
     p.add_argument("--kd", choices=["mean", "steps"], help=f"the same choice for the distillation from the teacher {by_recipe('kd')}")
     p.add_argument("--self-kd", type=number(float, 0, 1e3), help=f"weight of a distillation from the mean over T to every step {by_recipe('self_kd')}")
-    p.add_argument("--half-T", type=number(float, 0, 1), help=f"share of the run, at its start, that trains T/2 time-steps, at half the cost {by_recipe('half_T')}")
     return p.parse_args(argv)  # main() fills what is left out: from --init, then from the recipe
 
 
@@ -168,8 +167,7 @@ def main(argv=None):
     log = Log(args, log_file, dict(
         student=f"Spiking ResNet-{arch['depth']} ({arch['block']} blocks, width {arch['width']}, {arch['encoder']} encoding), "
                 f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}",
-        neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}"
-               + f"; T {(args.T + 1) // 2} for the first {args.half_T:.0%} of the run" * (args.half_T > 0),
+        neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, reset {'detached' if args.detach_reset else 'in the gradient'}",
         start="fresh weights (--no-init)" if args.no_init else f"{args.init} (dataset, network and neuron too, where no flag says otherwise)",
         teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher else "none (--no-kd)",
         loss=f"cross-entropy of {asked[args.ce]}" + f", distillation of {asked[args.kd]}" * bool(teacher)
@@ -179,7 +177,6 @@ def main(argv=None):
     with log:
         for epoch in range(len(history), args.epochs):
             net.train()
-            model.neuron.T = args.T if epoch >= args.half_T * args.epochs else (args.T + 1) // 2
             began, sums = time.time(), 0  # of loss, accuracy and the loss's parts
             for step, (x, target) in enumerate(batches(data, args, epoch, rank(), world_size())):
                 optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
@@ -199,7 +196,6 @@ def main(argv=None):
             seconds = time.time() - began
 
             product.eval()
-            model.neuron.T = args.T
             with autocast:
                 test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).mean(0), data)
             check_finite(product, (loss, test_loss), args, epoch)

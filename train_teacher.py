@@ -94,6 +94,7 @@ def add_training_flags(p, recipes, digits, out):
     p.add_argument("--data-dir", default="data", help="where downloads and decoded folders are kept (default data)")
     p.add_argument("--out", default=out, help=f"checkpoint to write; <out>.last while it trains, <out>.jsonl its log (default {out})")
     p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run left at --out")
+    p.add_argument("--profile", action="store_true", help="print where the time of a training step goes, and end there")
     return by_recipe
 
 
@@ -748,7 +749,7 @@ def run_identity(args, stage, data=None, parents=None):
     """All that decides the result of a run, for telling whether an earlier one was the same."""
     here, scripts = Path(__file__).parent, list(STAGES.values())
     sources = ["kernels/lif.py", "kernels/bn_lif.py", *scripts[: 1 + scripts.index(STAGES[stage])]]
-    return dict(config={k: v for k, v in vars(args).items() if k not in ("out", "fresh", "data_dir", "device")},
+    return dict(config={k: v for k, v in vars(args).items() if k not in ("out", "fresh", "profile", "data_dir", "device")},
                 sources={s: sha256_file(here / s) for s in sources if (here / s).exists()},
                 data=data and data.sha256, parents={name: parent["sha256"] for name, parent in (parents or {}).items()})
 
@@ -828,7 +829,7 @@ class Log:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
                             console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=args.epochs, completed=len(history), status="")
-        self.titled = False
+        self.titled, self.steps_seen = False, 0
 
     def write(self, row):
         try:
@@ -838,11 +839,40 @@ class Log:
 
     def step(self, epoch, done, steps, sums, seconds):
         """Move the bar, at most twice a second: reading `sums` (of loss and accuracy over the steps done) waits for the device."""
+        if self.args.profile:
+            self.profile()
         if not self.bar.disable and time.time() - self.drawn_at > 0.5:
             self.drawn_at = time.time()
             loss, accuracy = (sums[:2] / done).tolist()
             self.bar.update(self.task, completed=epoch + done / steps, description=f"epoch {epoch + 1}", refresh=True,
                             status=f"loss {loss:.3f}  {100 * accuracy:.1f}%  {done * self.args.batch_size / seconds:,.0f} images/s")
+
+    def profile(self, warmup=10, active=10):
+        """Called after each step: measure `active` steps, print each operation's share of their time on the device, end the run."""
+        self.steps_seen += 1
+        if self.steps_seen not in (warmup, warmup + active):
+            return
+        gpu = torch.cuda.is_initialized()
+        if gpu:
+            torch.cuda.synchronize()
+        if self.steps_seen == warmup:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own reports of starting and stopping
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+            self.profiled_at = time.time()
+            return
+        step = 1000 * (time.time() - self.profiled_at) / active  # ms
+        self.profiler.stop()
+        spent = lambda op: (op.self_device_time_total if gpu else op.self_cpu_time_total) / 1000 / active
+        ops = sorted(self.profiler.key_averages(), key=spent, reverse=True)
+        shown = [op for op in ops if spent(op) > 0.01 * step]
+        rows = [(spent(op), f"{op.key}, {op.count / active:.0f} calls") for op in shown]
+        rows += [(sum(map(spent, ops)) - sum(map(spent, shown)), "operations of less than 1% each"),
+                 (max(step - sum(map(spent, ops)), 0), "no operation: Python, or waiting"),
+                 (step, f"a step: {1000 * self.args.batch_size / step:,.0f} images/s with the profiler on")]
+        for ms, what in rows:
+            self.console.print(f"{ms:9.2f} ms {ms / step:6.1%}  {escape(what)}")
+        raise SystemExit(0)
 
     def epoch(self, row):
         """One line of the table, whose columns are the row's own keys, and one of the .jsonl."""

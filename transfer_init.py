@@ -30,7 +30,7 @@ def parse_args(argv=None):
     p.add_argument("--block", default="basic", choices=["basic", "sew"], help="basic: LIF after the residual add (Fig. 1b, default); sew: before it (Fig. 1c)")
     p.add_argument("--block-map", default="spread", choices=["spread", "first"], help="which teacher block fills block j of a stage: at its relative position (the paper's text, default), or block min(j, n-1) (the authors' code)")
     p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"], help="downsampling shortcuts: transferred (default), or left fresh as in the authors' code")
-    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's")
+    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's, which needs far fewer epochs")
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"], help="the image as current at every step (default), or spikes of probability pixel/255 (Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, T=4, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True)
@@ -226,6 +226,9 @@ def main(argv=None):
     arch = dict(depth=args.depth, num_classes=known["num_classes"], in_channels=known["in_channels"], width=args.width or known["width"],
                 stem=known["stem"] if args.stem == "auto" else args.stem, block=args.block, encoder=args.encoder,
                 T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens, detach_reset=args.detach_reset)
+
+    if args.classifier == "transfer" and (taught := len(teacher["model"].get("fc.weight", []))) != arch["num_classes"]:
+        fail(f"argument --classifier: transfer needs a teacher of the same classes; {args.src} knows {taught}, {args.dataset} has {arch['num_classes']}")
 
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)

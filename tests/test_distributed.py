@@ -14,7 +14,7 @@ from train_teacher import BatchNormReLU, Images, evaluate, load_checkpoint
 
 TRAIN = ["--epochs", "2", "--precision", "fp64", "--batch-size", "12", "--dataset", "set"]  # 5 steps an epoch; 7 test images
 
-MORE = "--aug strong --ema 0.2 --nesterov --label-smoothing 0.1 --ce steps --kd steps --self-kd 1 --half-T 0.5".split()
+MORE = "--aug strong --ema 0.2 --nesterov --label-smoothing 0.1 --ce steps --kd steps --self-kd 1".split()
 
 
 def seven_images():

@@ -71,9 +71,9 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", 
             "--crop-padding", "--seed"]
 NEURON = ["--T", "--decay", "--v-th", "--lens"]
 NUMERIC = {"teacher": ["--depth", "--width", *TRAINING], "init": ["--depth", "--width", "--seed", *NEURON],
-           "idsnn": ["--alpha", "--temperature", "--self-kd", "--half-T", *NEURON, *TRAINING], "eval": ["--T", "--batch-size"]}
+           "idsnn": ["--alpha", "--temperature", "--self-kd", *NEURON, *TRAINING], "eval": ["--T", "--batch-size"]}
 MAY_BE_0 = {"--momentum", "--weight-decay", "--warmup", "--label-smoothing", "--ema", "--crop-padding", "--seed", "--decay", "--alpha",
-            "--self-kd", "--half-T"}
+            "--self-kd"}
 MAY_BE_HUGE = {"--milestones"}  # one that is never reached
 
 

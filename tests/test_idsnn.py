@@ -150,16 +150,6 @@ def test_a_half_precision_run_keeps_fp32_weights(stages, monkeypatch):
     assert math.isfinite(made["metrics"]["history"][-1]["loss"])
 
 
-def test_half_T_trains_the_first_part_of_the_run_on_half_the_steps(stages, monkeypatch):
-    monkeypatch.chdir(stages)
-    seen = []
-    forward = SpikingResNet.forward
-    monkeypatch.setattr(SpikingResNet, "forward", lambda self, x: (seen.append((self.training, len(s := forward(self, x)))), s)[1])
-    made = train("--epochs", "3", "--half-T", "0.5", "--ema", "0.5")  # T = 3: two steps in the epochs that begin before half the run
-    assert [T for training, T in seen if training] == [2] * 6 + [3] * 3
-    assert {T for training, T in seen if not training} == {3} and made["arch"]["T"] == 3
-
-
 def test_a_recipe_fills_what_no_flag_says(stages, monkeypatch):
     monkeypatch.chdir(stages)
     for recipe, values in train_idsnn.RECIPES.items():

@@ -246,3 +246,15 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path, monkeypatch):
 def start_weights():
     torch.manual_seed(0)
     return ResNet(18, 3, width=2).conv1.weight.detach()
+
+
+def test_profile_accounts_for_the_whole_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "set", train=32, size=(8, 8))
+    with pytest.raises(SystemExit) as end:
+        train_teacher.main(["--dataset", "set", "--width", "2", "--depth", "18", "--batch-size", "8", "--device", "cpu", "--profile"])
+    rows = [line.split("ms", 1) for line in capsys.readouterr().out.splitlines() if " ms " in line]
+    parts, (total, last) = [float(ms) for ms, _ in rows[:-1]], rows[-1]
+    assert end.value.code == 0 and "images/s" in last
+    assert sum(parts) == pytest.approx(float(total), rel=0.02) and any("convolution_backward, 20 calls" in what for _, what in rows)
+    assert not (tmp_path / "r34.pt").exists()

@@ -189,6 +189,10 @@ def test_torchvisions_weights_as_source(tmp_path, monkeypatch, capsys):
     made = load_checkpoint("snn_init.pt", "init")
     assert made["config"]["dataset"] == "cifar100" and made["arch"]["num_classes"] == 100 and made["arch"]["stem"] == "3x3"
     assert torch.equal(made["model"]["layer3.1.conv2.weight"], source["layer3.5.conv2.weight"])
+    with pytest.raises(SystemExit) as end:  # a classifier of 1000 other classes is of no use
+        transfer_init.main(["--src", "resnet34.pth", "--classifier", "transfer", "--fresh"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--classifier" in error and "1000" in error and "100" in error
     assert sum(name in made["model"] for name in source) and all(line.startswith(tuple(table)) for line in out[1:-1])
 
 
@@ -199,6 +203,12 @@ def test_student_inherits_and_flags_override(tmp_path, monkeypatch):
     made = load_checkpoint("snn_init.pt", "init")
     assert made["arch"] | dict(T=4, width=2, num_classes=10, in_channels=1, depth=18, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True) == made["arch"]
     assert made["config"]["dataset"] == "digits" and made["provenance"]["parents"]["teacher"]["path"] == "r34.pt"
+    teacher = load_checkpoint("r34.pt")["model"]
+    for width in (2, 5):
+        transfer_init.main(["--src", "r34.pt", "--out", "fc.pt", "--classifier", "transfer", "--width", str(width), "--fresh"])
+        fc = load_checkpoint("fc.pt")["model"]
+        assert torch.equal(fc["fc.weight"], teacher["fc.weight"][:, torch.arange(8 * width) % 16]) and torch.equal(fc["fc.bias"], teacher["fc.bias"])
+    assert not torch.equal(made["model"]["fc.weight"], teacher["fc.weight"])
     transfer_init.main(["--src", "r34.pt", "--out", "wide.pt", "--width", "5", "--T", "6", "--v-th", "1", "--block", "sew", "--depth", "34", "--no-detach-reset"])
     wide = load_checkpoint("wide.pt", "init")["arch"]
     assert (wide["width"], wide["T"], wide["v_th"], wide["block"], wide["depth"], wide["detach_reset"]) == (5, 6, 1.0, "sew", 34, False)
