@@ -41,6 +41,7 @@ from rich.table import Table
 from torch import nn
 
 from train_idsnn import PAPER, warn
+from train_teacher import PAPER as TEACHER
 from train_teacher import (BasicBlock, Bottleneck, Parser, ResNet, device_name, fail, init_distributed, load_checkpoint, load_data,
                            number, run, set_precision, sha256_file)
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
@@ -100,7 +101,10 @@ REPORTED = {
 def reported(r):
     """The paper's number for the setting of run `r`, as (accuracy, epoch, table), or None where it has none."""
     config, arch, milestones = r["config"], r["arch"], r["config"].get("milestones")
-    same = (r["stage"] == "idsnn" and (arch["depth"], arch["width"], arch["block"]) == (18, 64, "basic")
+    parents = {name: parent.get("config", {}) for name, parent in r["provenance"]["parents"].items()}  # empty in older files
+    same = (r["stage"] == "idsnn" and (not r["init"] or parents.get("init", {}).get("classifier", "fresh") == "fresh")
+            and all(parents.get("teacher", {}).get(name, value) == value for name, value in TEACHER.items())
+            and (arch["depth"], arch["width"], arch["block"]) == (18, 64, "basic")
             and all(config.get(name, value) == value for name, value in PAPER.items() if name != "epochs")
             and milestones in ([60, 120, 160], [20, 40, 60], [10, 20, 30]) and (milestones[0] < 60 or config["epochs"] == 200)
             and (r["data"] or {}).get("train") == 50_000)

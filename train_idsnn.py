@@ -18,10 +18,10 @@ import train_teacher
 from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, batches, check_finite, claim, describe_run, earlier_run,
                            epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data,
                            make_checkpoint, memory_format, number, parallel, rank, restore, resume_state, run, run_identity,
-                           set_precision, sha256_file, weights, world_size)
+                           set_precision, sha256_file, show_defaults, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
-# the teacher's recipes, and the student's own: eq. 5 to 8 and the authors' temperature and alpha, then what later papers found
+# the teacher's recipes, and the student's part: the authors' temperature and alpha, the loss of eq. 5 to 8
 PAPER = train_teacher.PAPER | dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0)
 RECIPES = dict(
     paper=PAPER,
@@ -38,9 +38,10 @@ def parse_args(argv=None):
     p.add_argument("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
     p.add_argument("--dataset", help="cifar10, cifar100, digits, or a folder (default: as in --init)")
     add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None)
-    by_recipe = add_training_flags(p, RECIPES, DIGITS, out="idsnn.pt")
+    add_training_flags(p, RECIPES, DIGITS, out="idsnn.pt")
+    by_recipe = partial(show_defaults, RECIPES, DIGITS)
     p.add_argument("--alpha", type=number(float, 0, 1e3), help=f"weight of the distillation loss, eq. 8 {by_recipe('alpha')}")
-    p.add_argument("--temperature", type=number(float, 0, 1e3, above=True), help=f"of the softened class scores, eq. 6 {by_recipe('temperature')}")
+    p.add_argument("--temperature", type=number(float, 0, 1e3, above=True), help=f"of the softened class scores, eq. 6, for --self-kd too {by_recipe('temperature')}")
     p.add_argument("--ce", choices=["mean", "steps"], help=f"cross-entropy of the mean over T, eq. 5, or mean over T of every step's (TET) {by_recipe('ce')}")
     p.add_argument("--kd", choices=["mean", "steps"], help=f"the same choice for the distillation from the teacher {by_recipe('kd')}")
     p.add_argument("--self-kd", type=number(float, 0, 1e3), help=f"weight of a distillation from the mean over T to every step {by_recipe('self_kd')}")
@@ -48,19 +49,18 @@ def parse_args(argv=None):
 
 
 def objective(scores, target, teacher_scores, args):
-    """The parts of the loss, and its sum: class scores (T, B, K), target shares (B, K), the teacher's scores (B, K) or None -> dict, scalar.
+    """The parts of the loss and their weighted sum: class scores (T, B, K), target shares (B, K), teacher's scores (B, K) or None.
 
     Eq. 5 to 8 ask it of the mean over T alone. Asked of every step (--ce steps: TET, Deng et al., ICLR 2022; --kd steps and
-    --self-kd: temporal-wise distillation, Yu et al., CVPR 2025) the first steps learn to be right too.
+    --self-kd: temporal-wise distillation, Yu et al., ICML 2025) the first steps learn to be right too.
     """
-    answer = scores.mean(0)
-    asked = {"mean": answer, "steps": scores.flatten(0, 1)}             # (B, K) or (T*B, K)
-    of_each = lambda x, which: x.repeat(len(asked[which]) // len(x), 1)  # (B, K) -> (B, K) or (T*B, K)
-    parts = dict(ce=F.cross_entropy(asked[args.ce], of_each(target, args.ce), label_smoothing=args.label_smoothing))
+    asked = dict(mean=scores.mean(0, keepdim=True), steps=scores)                        # (1 or T, B, K)
+    pair = lambda asked, answer: (asked.flatten(0, 1), answer.expand_as(asked).flatten(0, 1))  # -> (B or T*B, K), twice
+    parts = dict(ce=F.cross_entropy(*pair(asked[args.ce], target), label_smoothing=args.label_smoothing))
     if teacher_scores is not None:
-        parts["kd"] = distillation(asked[args.kd], of_each(teacher_scores, args.kd), args.temperature)
+        parts["kd"] = distillation(*pair(asked[args.kd], teacher_scores), args.temperature)
     if args.self_kd:
-        parts["self_kd"] = distillation(asked["steps"], of_each(answer.detach(), "steps"), args.temperature)
+        parts["self_kd"] = distillation(*pair(scores, asked["mean"].detach()), args.temperature)
     return parts, parts["ce"] + args.alpha * parts.get("kd", 0) + args.self_kd * parts.get("self_kd", 0)
 
 
@@ -105,7 +105,7 @@ def warn(rates):
 def main(argv=None):
     args = parse_args(argv)
     init = load_checkpoint(args.init, "init")
-    parents = {"init": dict(path=args.init, sha256=sha256_file(args.init))}
+    parents = {"init": dict(path=args.init, sha256=sha256_file(args.init), config=init["config"])}
     args.dataset = args.dataset or init["config"]["dataset"]
     arch = init["arch"]
     for name in ("T", "decay", "v_th", "lens", "detach_reset"):  # inherited, unless a flag overrides
@@ -121,7 +121,7 @@ def main(argv=None):
         recorded = init["provenance"]["parents"]["teacher"]
         path = args.teacher or recorded["path"]
         checkpoint = load_checkpoint(path, "teacher")
-        parents["teacher"] = dict(path=path, sha256=sha256_file(path))
+        parents["teacher"] = dict(path=path, sha256=sha256_file(path), config=checkpoint["config"])
         if not args.teacher and parents["teacher"]["sha256"] != recorded["sha256"]:
             fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, or say --teacher {path}")
         teacher = ResNet(**checkpoint["arch"])
@@ -138,8 +138,7 @@ def main(argv=None):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
     steps = len(data.train_y) // args.batch_size
     identity = run_identity(args, "idsnn", data, parents)
-    log_file = claim(args.out)
-    earlier = earlier_run(args, "idsnn", identity)
+    log_file, earlier = (None, None) if args.profile else (claim(args.out), earlier_run(args, "idsnn", identity))
     layout = memory_format(device, arch["width"])
     data.to(device, dtype, layout)
 
@@ -188,7 +187,7 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                follow()
+                follow(epoch * steps + step)
                 correct = (scores.mean(0).argmax(1) == target.argmax(1)).to(dtype).mean()
                 sums = sums + torch.stack([loss.detach(), correct, *(part.detach() for part in parts.values())]).double()
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
@@ -206,7 +205,7 @@ def main(argv=None):
             log.epoch(history[-1])
             for line in warn(rates):
                 log.console.print(line)
-            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, optimizer, scaler)))
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, product, optimizer, scaler)))
         log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
 
 

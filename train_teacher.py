@@ -21,6 +21,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.optim import swa_utils
+from torch.autograd import DeviceType
 
 try:
     import fcntl
@@ -44,9 +45,9 @@ PAPER = dict(epochs=200, batch_size=64, lr=0.05, momentum=0.9, nesterov=False, w
              label_smoothing=0.0, ema=0.0, aug="basic", crop_padding=4, flip=True)
 RECIPES = dict(
     paper=PAPER,
-    # fast: all stages within ten minutes on one large GPU
+    # meant for all stages within ten minutes on one large GPU: not measured on one yet
     fast=PAPER | dict(epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear", warmup=0.15),
-    # best: as accurate as we can, the augmentation still crop and flip alone
+    # meant for the highest accuracy with crop and flip alone: not measured on one yet either
     best=PAPER | dict(batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4, schedule="cosine", warmup=0.02))
 # whatever the recipe: for 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
 DIGITS = dict(epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
@@ -66,12 +67,8 @@ def parse_args(argv=None):
 
 def add_training_flags(p, recipes, digits, out):
     """The flags that both training stages have. A default of None is filled from the recipe by `fill_defaults`."""
-    def by_recipe(name):  # the defaults of a flag, as --help shows them
-        values = {recipe: recipes[recipe][name] for recipe in recipes} | ({"digits": digits[name]} if name in digits else {})
-        shown = {recipe: ("no", "yes")[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v for recipe, v in values.items()}
-        return f"(default {shown['paper']}" + "".join(f", {recipe} {v}" for recipe, v in shown.items() if v != shown["paper"]) + ")"
-
-    p.add_argument("--recipe", default="paper", choices=list(recipes), help="the set of defaults that the parentheses below speak of (default paper)")
+    by_recipe = partial(show_defaults, recipes, digits)
+    p.add_argument("--recipe", default="paper", choices=list(recipes), help="the set of defaults that the parentheses below speak of; digits has some of its own, whatever the recipe (default paper)")
     p.add_argument("--epochs", type=number(int, 1, 9999), help=f"passes over the training set {by_recipe('epochs')}")
     p.add_argument("--batch-size", type=number(int, 2, 1 << 20), help=f"images per step over all processes {by_recipe('batch_size')}")
     p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help=f"peak learning rate of SGD {by_recipe('lr')}")
@@ -81,7 +78,7 @@ def add_training_flags(p, recipes, digits, out):
     p.add_argument("--schedule", choices=["step", "cosine", "linear"], help=f"fall of the learning rate: x0.1 at each milestone, or to 0 along a cosine or a line {by_recipe('schedule')}")
     p.add_argument("--milestones", type=milestones, metavar="E,E,...", help="epochs at which `step` multiplies the rate by 0.1 (default 30%%, 60%% and 80%% of the epochs: 60,120,160)")
     p.add_argument("--warmup", type=number(float, 0, 0.99), help=f"share of the run in which the rate rises from 0 to --lr {by_recipe('warmup')}")
-    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help=f"share of the target that all classes divide evenly {by_recipe('label_smoothing')}")
+    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help=f"share of the target that is spread over all classes {by_recipe('label_smoothing')}")
     p.add_argument("--ema", type=number(float, 0, 1), help=f"report and save the exponential mean of the weights, over this share of the run's steps; 0: the last weights {by_recipe('ema')}")
     p.add_argument("--aug", choices=["basic", "strong"], help=f"basic: crop and flip; strong: CutMix on half of the images too {by_recipe('aug')}")
     p.add_argument("--crop-padding", type=number(int, 0, 256), help=f"zero pixels around an image before the random crop {by_recipe('crop_padding')}")
@@ -95,16 +92,29 @@ def add_training_flags(p, recipes, digits, out):
     p.add_argument("--out", default=out, help=f"checkpoint to write; <out>.last while it trains, <out>.jsonl its log (default {out})")
     p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run left at --out")
     p.add_argument("--profile", action="store_true", help="print where the time of a training step goes, and end there")
-    return by_recipe
+
+
+def show_defaults(recipes, digits, name):
+    """The default of a flag for --help: the paper's, and those of other recipes that differ."""
+    values = {recipe: values[name] for recipe, values in recipes.items()} | ({"digits": digits[name]} if name in digits else {})
+    others = {k: v for k, v in values.items() if v != values["paper"]}
+    if others and "digits" in values:
+        others["digits"] = values["digits"]
+    text = lambda v: ("no", "yes")[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
+    return ", ".join([f"(default {text(values['paper'])}"] + [f"{k} {text(v)}" for k, v in others.items()]) + ")"
 
 
 def fill_defaults(args, recipes, digits, **others):
     """Set every flag that the user left out: from the recipe, or from what suits the 8x8 digits."""
+    if args.milestones and args.schedule is None:
+        args.schedule = "step"
     for name, value in (recipes[args.recipe] | (digits if args.dataset == "digits" else {}) | others).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.nesterov and not args.momentum:
-        fail("argument --nesterov: needs a --momentum above 0")
+        fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
+    if args.milestones and args.schedule != "step":
+        fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
     if args.milestones is None:
         args.milestones = [args.epochs * share for share in (0.3, 0.6, 0.8)]
 
@@ -288,7 +298,7 @@ def batches(data, args, epoch, rank, world):
 def cutmix_boxes(n, H, W, g):
     """CutMix (Yun et al. 2019): (4, n) first row, last row (excluded), first and last column of a box anywhere in an H x W image.
 
-    Its area, before the image's edge cuts it off, is uniform from 0 to H*W; half of the boxes are empty.
+    Half of the boxes are empty; the area of the others, before the image's edge cuts it off, is uniform from 0 to H*W.
     """
     side = torch.rand(n, generator=g).sqrt() * (torch.rand(n, generator=g) < 0.5)
     edges = []
@@ -443,8 +453,7 @@ def main(argv=None):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
     steps = len(data.train_y) // args.batch_size
     identity = run_identity(args, "teacher", data)
-    log_file = claim(args.out)
-    earlier = earlier_run(args, "teacher", identity)
+    log_file, earlier = (None, None) if args.profile else (claim(args.out), earlier_run(args, "teacher", identity))
     layout = memory_format(device, args.width)
     data.to(device, dtype, layout)
 
@@ -479,7 +488,7 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                follow()
+                follow(epoch * steps + step)
                 sums += torch.stack([loss.detach(), (logits.argmax(1) == target.argmax(1)).to(dtype).mean()])
                 log.step(epoch, step + 1, steps, sums, time.time() - began)
             loss, accuracy = epoch_means(sums, steps)
@@ -492,7 +501,7 @@ def main(argv=None):
             history.append(dict(epoch=epoch + 1, loss=loss, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
                                 lr=optimizer.param_groups[0]["lr"], images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began))
             log.epoch(history[-1])
-            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, optimizer, scaler)))
+            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, product, optimizer, scaler)))
         log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
 
 
@@ -619,14 +628,13 @@ def parallel(model, args, layout):
 
 
 def averaged(model, args, steps):
-    """(the network that is evaluated and saved, a function to call after each step): `model` itself, or with --ema a copy
-    of it whose weights and statistics follow as an exponential mean over that share of the run."""
+    """(the network that is evaluated and saved, a function to call after each step of the run with its number): `model` itself,
+    or with --ema a copy of it whose weights and statistics follow as an exponential mean over that share of the run."""
     if args.ema == 0:
-        return model, lambda: None
-    product = copy.deepcopy(model)
-    update = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(args.ema * args.epochs * steps, 1))
+        return model, lambda step: None
+    product, span = copy.deepcopy(model), max(args.ema * args.epochs * steps, 1)
     mine, theirs = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (product, model))
-    return product, lambda: update(mine, theirs, None)
+    return product, lambda step: torch._foreach_lerp_(mine, theirs, 1 / min(step + 1, span))  # at first the plain mean: no share of the start
 
 
 def epoch_means(sums, steps):
@@ -727,16 +735,17 @@ def weights(model):
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in names}
 
 
-def resume_state(model, optimizer, scaler):
+def resume_state(model, product, optimizer, scaler):
     """What <out>.last holds beyond a checkpoint. The data need nothing: they are drawn from (seed, epoch)."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return dict(resume=dict(model=weights(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng))
+    raw = dict(model=weights(model)) if product is not model else {}
+    return dict(resume=dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng) | raw)
 
 
 def restore(checkpoint, model, product, optimizer, scaler):
     """Put the state of <out>.last in place; returns the history so far."""
     product.load_state_dict(checkpoint["model"])
-    model.load_state_dict(checkpoint["resume"]["model"])
+    model.load_state_dict(checkpoint["resume"].get("model", checkpoint["model"]))
     optimizer.load_state_dict(checkpoint["resume"]["optimizer"])
     scaler.load_state_dict(checkpoint["resume"]["scaler"])
     torch.set_rng_state(checkpoint["resume"]["rng"][0])
@@ -807,9 +816,20 @@ def describe_run(args, device, precision):
     schedule = f"x0.1 at {', '.join(f'{m:g}' for m in args.milestones)}" if args.schedule == "step" else args.schedule
     return dict(device=f"{device_name(device)}, {precision}, {world_size()} process{'es' * (world_size() > 1)}, torch {torch.__version__}",
                 recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g}, {schedule}, warm-up {args.warmup:g}, "
-                       f"{'Nesterov ' * args.nesterov}momentum {args.momentum:g}, weight decay {args.weight_decay:g}, label smoothing {args.label_smoothing:g}, "
-                       f"weights averaged over {args.ema:g}, seed {args.seed}",
+                       f"{'Nesterov ' * args.nesterov}momentum {args.momentum:g}, weight decay {args.weight_decay:g}, "
+                       + f"label smoothing {args.label_smoothing:g}, " * (args.label_smoothing > 0)
+                       + f"weights averaged over {args.ema:.0%} of the run, " * (args.ema > 0) + f"seed {args.seed}",
                 images=f"crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}{', CutMix' * (args.aug == 'strong')}")
+
+
+def shares(events, step, steps, gpu):
+    """Rows (ms a step, what) of a profile over `steps` steps of `step` ms: the kernels of a GPU, or the operations of a CPU."""
+    here = DeviceType.CUDA if gpu else DeviceType.CPU  # a GPU's time stands at its kernels, and again at the operations behind them
+    spent = {f"{e.key}, {e.count / steps:.0f} calls": (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000 / steps
+             for e in events if e.device_type == here and not (gpu and e.is_user_annotation)}
+    large = sorted(((ms, what) for what, ms in spent.items() if ms > 0.01 * step), reverse=True)
+    return large + [(sum(spent.values()) - sum(ms for ms, _ in large), "what takes less than 1% each"),
+                    (step - sum(spent.values()), "nothing computes: Python, or waiting")]
 
 
 class Log:
@@ -829,7 +849,7 @@ class Log:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
                             console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=args.epochs, completed=len(history), status="")
-        self.titled, self.steps_seen = False, 0
+        self.titled = False
 
     def write(self, row):
         try:
@@ -840,22 +860,22 @@ class Log:
     def step(self, epoch, done, steps, sums, seconds):
         """Move the bar, at most twice a second: reading `sums` (of loss and accuracy over the steps done) waits for the device."""
         if self.args.profile:
-            self.profile()
+            self.profile(done, steps)
         if not self.bar.disable and time.time() - self.drawn_at > 0.5:
             self.drawn_at = time.time()
             loss, accuracy = (sums[:2] / done).tolist()
             self.bar.update(self.task, completed=epoch + done / steps, description=f"epoch {epoch + 1}", refresh=True,
                             status=f"loss {loss:.3f}  {100 * accuracy:.1f}%  {done * self.args.batch_size / seconds:,.0f} images/s")
 
-    def profile(self, warmup=10, active=10):
-        """Called after each step: measure `active` steps, print each operation's share of their time on the device, end the run."""
-        self.steps_seen += 1
-        if self.steps_seen not in (warmup, warmup + active):
+    def profile(self, done, steps, warmup=10, active=10):
+        """Called after each step of an epoch: print the operations' shares of the time of `active` steps, and end the run."""
+        if steps < warmup + active:
+            fail(f"argument --profile: needs {warmup + active} steps an epoch, these are {steps}: lower --batch-size")
+        if done not in (warmup, warmup + active):
             return
-        gpu = torch.cuda.is_initialized()
-        if gpu:
+        if gpu := torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        if self.steps_seen == warmup:
+        if done == warmup:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own reports of starting and stopping
             self.profiler = torch.profiler.profile()
             self.profiler.start()
@@ -863,15 +883,9 @@ class Log:
             return
         step = 1000 * (time.time() - self.profiled_at) / active  # ms
         self.profiler.stop()
-        spent = lambda op: (op.self_device_time_total if gpu else op.self_cpu_time_total) / 1000 / active
-        ops = sorted(self.profiler.key_averages(), key=spent, reverse=True)
-        shown = [op for op in ops if spent(op) > 0.01 * step]
-        rows = [(spent(op), f"{op.key}, {op.count / active:.0f} calls") for op in shown]
-        rows += [(sum(map(spent, ops)) - sum(map(spent, shown)), "operations of less than 1% each"),
-                 (max(step - sum(map(spent, ops)), 0), "no operation: Python, or waiting"),
-                 (step, f"a step: {1000 * self.args.batch_size / step:,.0f} images/s with the profiler on")]
-        for ms, what in rows:
+        for ms, what in shares(self.profiler.key_averages(), step, active, gpu):
             self.console.print(f"{ms:9.2f} ms {ms / step:6.1%}  {escape(what)}")
+        self.console.print(f"{step:9.2f} ms         a step: {1000 * self.args.batch_size / step:,.0f} images/s with the profiler on")
         raise SystemExit(0)
 
     def epoch(self, row):

@@ -30,7 +30,7 @@ def parse_args(argv=None):
     p.add_argument("--block", default="basic", choices=["basic", "sew"], help="basic: LIF after the residual add (Fig. 1b, default); sew: before it (Fig. 1c)")
     p.add_argument("--block-map", default="spread", choices=["spread", "first"], help="which teacher block fills block j of a stage: at its relative position (the paper's text, default), or block min(j, n-1) (the authors' code)")
     p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"], help="downsampling shortcuts: transferred (default), or left fresh as in the authors' code")
-    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's, which needs far fewer epochs")
+    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's")
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"], help="the image as current at every step (default), or spikes of probability pixel/255 (Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, T=4, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True)
@@ -159,7 +159,7 @@ def source_block(j, m, n, block_map):
 @torch.no_grad()
 def transfer(student, source, block_map="spread", shortcut="transfer", classifier="fresh"):
     """Fill `student` in place from `source`, a ResNet's state dict; the classifier stays fresh (paper, sections 3.2.2, 3.3.2)
-    unless classifier="transfer", which loops its columns.
+    unless classifier="transfer".
 
     Returns one row per layer: (name, layer of the source or "", what was done). Raises ValueError where the source has other
     blocks (basic against bottleneck), and KeyError where it lacks a tensor that should have been copied.
@@ -170,10 +170,11 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         raise ValueError(f"the teacher has {kinds['layer1.0.conv3.weight' in source]}, the student {kinds['layer1.0.conv3.weight' in target]}")
     blocks = lambda state, stage: len({k.split(".")[1] for k in state if k.startswith(stage + ".")})
     other_stem = source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]
+    fresh = ("conv1.", "bn1.") * other_stem + ("fc.",) * (classifier == "fresh")
     rows = {}
     for name, tensor in target.items():
         layer, origin = name.rpartition(".")[0], name
-        if (classifier == "fresh" and name.startswith("fc.")) or (other_stem and name.startswith(("conv1.", "bn1."))) or (shortcut == "fresh" and ".downsample." in name):
+        if name.startswith(fresh) or (shortcut == "fresh" and ".downsample." in name):
             rows[layer] = ("", "fresh")
             continue
         if name.startswith("layer"):
@@ -228,7 +229,7 @@ def main(argv=None):
                 T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens, detach_reset=args.detach_reset)
 
     if args.classifier == "transfer" and (taught := len(teacher["model"].get("fc.weight", []))) != arch["num_classes"]:
-        fail(f"argument --classifier: transfer needs a teacher of the same classes; {args.src} knows {taught}, {args.dataset} has {arch['num_classes']}")
+        fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} knows {taught}, {args.dataset} has {arch['num_classes']}")
 
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)

@@ -217,13 +217,14 @@ def test_own_image_folder_normalised_as_in_training(run, trained):
 
 
 # --------------------------------------------------------------------------------- comparison and figures
-def result(name, accuracies, init=True, kd=True, T=4, dataset="cifar100", **config):
+def result(name, accuracies, init=True, kd=True, T=4, dataset="cifar100", classifier="fresh", teacher={}, **config):
     """What `describe` makes of a finished run of the paper's recipe."""
     history = [dict(epoch=i + 1, test_acc=a, seconds=2.0) for i, a in enumerate(accuracies)]
     best = max(history, key=lambda row: row["test_acc"])
     return dict(file=name, stage="idsnn", dataset=dataset, T=T, init=init, kd=kd, epochs=len(history), last=accuracies[-1], history=history,
                 arch=dict(depth=18, width=64, block="basic", encoder="direct", T=T), best=best["test_acc"], best_epoch=best["epoch"],
-                seconds=2.0 * len(history), config=train_idsnn.PAPER | dict(milestones=[60, 120, 160]) | config, data=dict(train=50_000))
+                seconds=2.0 * len(history), config=train_idsnn.PAPER | dict(milestones=[60, 120, 160]) | config, data=dict(train=50_000),
+                provenance=dict(parents=dict(init=dict(config=dict(classifier=classifier)), teacher=dict(config=train_teacher.PAPER | teacher))))
 
 
 def test_comparison_by_hand():
@@ -245,6 +246,10 @@ def test_comparison_by_hand():
     (result("a", [1], milestones=[20, 40, 60], epochs=100), (74.45, 54, "Table 4")),
     (result("a", [1], epochs=100), None),            # the paper's 60,120,160 belongs to 200 epochs
     (result("a", [1], lr=0.1), None),
+    (result("a", [1], label_smoothing=0.1), None),
+    (result("a", [1], classifier="transfer"), None),
+    (result("a", [1], False, classifier="transfer"), (73.71, 195, "Table 4")),  # of which --no-init leaves nothing
+    (result("a", [1], teacher=dict(aug="strong")), None),
     (result("a", [1], T=5, dataset="digits"), None),
     (result("a", [1]) | dict(data=dict(train=20_000)), None),  # a part of CIFAR
 ])

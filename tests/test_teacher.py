@@ -1,14 +1,16 @@
 """Stage 1: data, augmentation, network, schedule."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.autograd import DeviceType
 
 import train_teacher
-from train_teacher import DEPTHS, BatchNorm2d, Images, ResNet, batches, evaluate, learning_rate, load_checkpoint, load_data, parse_args
+from train_teacher import DEPTHS, BatchNorm2d, Images, ResNet, batches, evaluate, learning_rate, load_checkpoint, load_data, parse_args, shares
 
 
 def make_folder(root, classes=("cat", "dog", "owl"), train=4, test=2, size=(6, 5), mode="RGB", seed=0):
@@ -121,10 +123,10 @@ def test_cutmix_shows_a_box_of_the_image_before_and_shares_the_target():
     y = torch.arange(n) % K
     data = Images("tiny", list(range(K)), x.to(torch.uint8).contiguous(), y, x[:1].to(torch.uint8), y[:1]).to("cpu", torch.float64)
     shares = []
-    for x, target in augment(data, "--batch-size", "20", "--crop-padding", "0", "--aug", "strong"):
-        number = x[:, 0].long() * 256 + x[:, 1]                            # (B, H, W): which image a pixel is of
-        plain = [augment(data, "--batch-size", "20", "--crop-padding", "0")[len(shares) // 20][0]]
-        own = plain[0][:, 0, 0, 0].long() * 256 + plain[0][:, 1, 0, 0]     # (B,): the draws of crop and flip are the same
+    mixed, plain = (augment(data, "--batch-size", "20", "--crop-padding", "0", "--aug", aug) for aug in ("strong", "basic"))
+    for (x, target), (unmixed, _) in zip(mixed, plain):                    # order, crops and flips are the same
+        number, own = (v[:, 0].long() * 256 + v[:, 1] for v in (x, unmixed))  # (B, H, W): which image a pixel is of
+        own = own[:, 0, 0]
         for i in range(20):
             box = number[i] == own[i - 1]
             assert (box | (number[i] == own[i])).all()
@@ -214,6 +216,7 @@ def test_recipe_is_the_papers():
 
 def test_a_recipe_fills_what_no_flag_says():
     fast = parse_args(["--recipe", "fast", "--batch-size", "100", "--no-nesterov"])
+    assert parse_args(["--recipe", "fast", "--milestones", "10,20"]).schedule == "step"
     assert (fast.batch_size, fast.nesterov, fast.lr) == (100, False, train_teacher.RECIPES["fast"]["lr"])
     for recipe, values in train_teacher.RECIPES.items():
         assert values.keys() == train_teacher.PAPER.keys()
@@ -236,25 +239,39 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path, monkeypatch):
     plain, seen[:] = list(seen), []
     train_teacher.main([*command, "ema.pt", "--ema", "0.5"])
     assert len(plain) == len(seen) == 9 and all(map(torch.equal, plain, seen))  # it does not touch training
-    keep, (mean, *rest) = 1 - 1 / (0.5 * 9), [start_weights()] + seen
-    for value in rest:
-        mean = keep * mean + (1 - keep) * value
-    assert torch.allclose(load_checkpoint("ema.pt")["model"]["conv1.weight"], mean, rtol=1e-5)
-    assert torch.equal(load_checkpoint("plain.pt")["model"]["conv1.weight"], seen[-1])
+    for n, value in enumerate(seen, 1):  # the plain mean of the first steps, later an exponential one over 0.5 * 9 of them
+        mean = value if n == 1 else mean + (value - mean) / min(n, 4.5)
+    made, last = load_checkpoint("ema.pt"), load_checkpoint("plain.pt")["model"]
+    assert torch.allclose(made["model"]["conv1.weight"], mean, rtol=1e-5) and torch.equal(last["conv1.weight"], seen[-1])
+    assert not torch.equal(made["model"]["bn1.running_mean"], last["bn1.running_mean"])
+    net, data = ResNet(**made["arch"]).eval(), load_data("set", "data").to("cpu", torch.float32)
+    net.load_state_dict(made["model"])
+    row = made["metrics"]["history"][-1]
+    assert evaluate(lambda x, _: net(data.normalize(x)), data) == pytest.approx((row["test_acc"], row["test_loss"]), rel=1e-5)
 
 
-def start_weights():
-    torch.manual_seed(0)
-    return ResNet(18, 3, width=2).conv1.weight.detach()
-
-
-def test_profile_accounts_for_the_whole_step(tmp_path, monkeypatch, capsys):
+def test_profile_accounts_for_the_whole_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "set", train=32, size=(8, 8))
+    command = ["--dataset", "set", "--width", "2", "--depth", "18", "--device", "cpu", "--profile", "--batch-size"]
     with pytest.raises(SystemExit) as end:
-        train_teacher.main(["--dataset", "set", "--width", "2", "--depth", "18", "--batch-size", "8", "--device", "cpu", "--profile"])
+        train_teacher.main([*command, "4"])
     rows = [line.split("ms", 1) for line in capsys.readouterr().out.splitlines() if " ms " in line]
     parts, (total, last) = [float(ms) for ms, _ in rows[:-1]], rows[-1]
     assert end.value.code == 0 and "images/s" in last
     assert sum(parts) == pytest.approx(float(total), rel=0.02) and any("convolution_backward, 20 calls" in what for _, what in rows)
-    assert not (tmp_path / "r34.pt").exists()
+    with pytest.raises(SystemExit) as end:
+        train_teacher.main([*command, "8"])
+    assert end.value.code == 2 and "--profile: needs 20 steps" in capsys.readouterr().err
+    assert {f.name for f in tmp_path.iterdir()} == {"set", "data"}
+
+
+def test_profile_of_a_gpu_counts_its_kernels_once():
+    event = lambda key, device, cpu, gpu, mark=False: SimpleNamespace(key=key, count=20, device_type=device, self_cpu_time_total=cpu,
+                                                                      self_device_time_total=gpu, is_user_annotation=mark)
+    events = [event("aten::conv", DeviceType.CPU, 1000, 60_000), event("sm90_kernel", DeviceType.CUDA, 0, 60_000),
+              event("aten::add", DeviceType.CPU, 500, 300), event("add_kernel", DeviceType.CUDA, 0, 300), event("step", DeviceType.CUDA, 0, 60_300, True)]
+    assert shares(events, 10.0, 10, gpu=True) == [(6.0, "sm90_kernel, 2 calls"), (pytest.approx(0.03), "what takes less than 1% each"),
+                                                  (pytest.approx(3.97), "nothing computes: Python, or waiting")]
+    assert shares(events, 2.0, 1, gpu=False) == [(1.0, "aten::conv, 20 calls"), (0.5, "aten::add, 20 calls"),
+                                                 (0, "what takes less than 1% each"), (0.5, "nothing computes: Python, or waiting")]
