@@ -21,12 +21,12 @@ from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, ba
                            set_precision, sha256_file, show_defaults, weights, world_size)
 from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
 
-# the teacher's recipes, and the student's part: the authors' temperature and alpha, the loss of eq. 5 to 8
-PAPER = train_teacher.PAPER | dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0)
-RECIPES = dict(
-    paper=PAPER,
-    fast=PAPER | train_teacher.RECIPES["fast"] | dict(epochs=60, ce="steps", kd="steps"),
-    best=PAPER | train_teacher.RECIPES["best"] | dict(ce="steps", kd="steps", self_kd=1.0))
+# the teacher's recipes, and the loss of eq. 5 to 8 with the authors' temperature and alpha: from a good teacher no other
+# weight and no loss of every step paid in results/recipes-small
+LOSS = dict(alpha=0.3, temperature=4.0, ce="mean", kd="mean", self_kd=0.0)
+RECIPES = {name: recipe | LOSS for name, recipe in train_teacher.RECIPES.items()}
+RECIPES["fast"]["epochs"] = 60  # more than its teacher has
+PAPER = RECIPES["paper"]
 DIGITS = train_teacher.DIGITS | dict(epochs=24)
 
 

