@@ -192,8 +192,8 @@ def load_data(dataset, data_dir):
                  f"{source.url} there, or give --dataset digits, or a folder of images", 1)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and dist.is_initialized():
             dist.barrier()
-        return Images(dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
-                      torch.from_numpy(test.data), torch.tensor(test.targets))
+        pixels = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))  # CIFAR10.data is a transposed view
+        return Images(dataset, train.classes, next(pixels), torch.tensor(train.targets), next(pixels), torch.tensor(test.targets))
     try:
         return load_folder(Path(dataset), Path(data_dir))
     except ValueError as error:
