@@ -716,6 +716,14 @@ def load_checkpoint(path, stage=None, bare=False, remedy="copy or make it again"
     return checkpoint
 
 
+def check_classes(classes, described, who, path):
+    """End the run where `described`, the `data` of a checkpoint, names other classes, or the same ones in another order."""
+    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
+    for i, (ours, theirs) in enumerate(zip(classes, known)):
+        if ours != theirs:
+            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: their labels mean different things")
+
+
 def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
