@@ -103,7 +103,7 @@ SEW = {BasicBlock: SEWBasicBlock, Bottleneck: SEWBottleneck}
 class SpikingResNet(ResNet):
     """The teacher's ResNet with LIF neurons in place of ReLU, under the same parameter names (paper, section 3.2.1).
 
-    Fresh, it is the authors' baseline: Kaiming convolutions, batch-norm weights equal to v_th (tdBN).
+    Fresh, it is the authors' baseline: PyTorch's default for convolutions, batch-norm weights equal to v_th (tdBN).
     """
 
     def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3", block="basic", encoder="direct",
