@@ -251,7 +251,7 @@ def evaluate(r, checkpoint, data, steps, args, device, dtype, autocast, console)
     for start in track(starts, r["file"], console=console, transient=True, disable=not console.is_terminal):
         scores, y = forward(start), data.test_y[start: start + args.batch_size]
         for t in range(T):
-            mean = scores[: t + 1].mean(0).double()
+            mean = scores[: t + 1].to(dtype).mean(0).double()
             sums[t] += torch.stack([(mean.argmax(1) == y).sum(), F.cross_entropy(mean, y, reduction="sum")])
     layers, sums = counters.read(), (sums / len(data.test_y)).tolist()
 

@@ -197,7 +197,7 @@ def main(argv=None):
 
             product.eval()
             with autocast:
-                test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).mean(0), data)
+                test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).to(dtype).mean(0), data)
             check_finite(product, (loss, test_loss), args, epoch)
             rates = firing.read()
             history.append(dict(epoch=epoch + 1, loss=loss, **dict(zip(parts, means)), train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
