@@ -345,8 +345,8 @@ def resnet_arch(weights):
             continue
         if value is None or value.shape != tensor.shape:
             found = "missing" if value is None else size(value)
-            raise ValueError(f"its {name} is {found}, a ResNet-{depth}'s is {size(tensor)}: a part, "
-                             "or another network (ResNeXt, a wide ResNet)")
+            raise ValueError(f"its {name} is {found}, a ResNet-{depth}'s is {size(tensor)}: "
+                             "another network (ResNeXt, a wide ResNet) or a part of one")
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"its {name} has values that are not finite floating-point numbers")
     for name in weights:
