@@ -197,6 +197,7 @@ def load_data(dataset, data_dir):
     """
     load = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar}
     load = load.get(dataset, load_folder)
+    # 0: the first process of the run, 1: the first ones of other nodes, 2: all others
     turn = (rank() > 0) + (int(os.environ.get("LOCAL_RANK", 0)) > 0)
     data, failure = None, None
     for current in range(3):
@@ -211,6 +212,7 @@ def load_data(dataset, data_dir):
             raise failure
         if failed:
             raise SystemExit(1)
+    # folders of the same name need not hold the same
     if len(set(gather(data.sha256))) > 1:
         fail(f"--dataset {dataset}: the nodes of this run hold different images", 1)
     return data
@@ -230,7 +232,7 @@ def load_digits(dataset, data_dir):
     pixels = (raw["images"].astype(np.uint16) * 255 // 16).astype(np.uint8)  # 0..16 -> 0..255
     x = torch.from_numpy(pixels)[..., None]  # (N, 8, 8) -> (N, 8, 8, 1)
     y = torch.from_numpy(raw["labels"]).long()
-    test = torch.arange(len(y)) % 5 == 0
+    test = torch.arange(len(y)) % 5 == 0  # bool (N,)
     return Images(dataset, list("0123456789"), x[~test], y[~test], x[test], y[test])
 
 
@@ -266,7 +268,7 @@ def load_folder(dataset, data_dir):
         files = [path for split in (train, test) for paths in split.values() for path in paths]
         cache = data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz"
         x = read_cache(cache)
-        if x is None:
+        if x is None:  # threads cannot end the process, so all of this raises, and ends below
             x = decode(files)
             write_cache(cache, x)
     except (OSError, ValueError) as error:
@@ -276,7 +278,7 @@ def load_folder(dataset, data_dir):
     train_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in train.values()]))
     test_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in test.values()]))
     n = len(train_y)
-    return Images(dataset, list(train), x[:n], train_y, x[n:], test_y)
+    return Images(str(root), list(train), x[:n], train_y, x[n:], test_y)
 
 
 def list_folder(root, skipped):
@@ -284,6 +286,7 @@ def list_folder(root, skipped):
     layout = "train/<class>/* and test/<class>/* (or val/<class>/*)"
     if not root.is_dir():
         raise ValueError(f"neither cifar10, cifar100 or digits nor a folder with {layout}")
+    # where both are there, val/ is for tuning
     held_out = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
     train, test = {}, {}
     for split, found in (("train", train), (held_out, test)):
@@ -294,6 +297,7 @@ def list_folder(root, skipped):
                 found[path.name] = list_images(path, skipped)
             else:
                 skipped.append(path)
+    # labels are places in the list of classes: one list for both
     if train.keys() != test.keys():
         odd = min(train.keys() ^ test.keys())
         raise ValueError(f"train/ and {held_out}/ differ in the class {odd!r}")
@@ -327,6 +331,7 @@ def list_images(folder, skipped):
 
 def fingerprint(files):
     """Changes with each file's place and time, behind links too, and with how it is read."""
+    # an edited reader must not be given what the old one has read
     seen = hashlib.sha256(inspect.getsource(read_image).encode())
     for path in files:
         stat = path.stat()
@@ -364,8 +369,7 @@ def write_cache(path, x):
 
 def decode(files):
     """uint8 (N, H, W, C) of image files of one size, each decoded straight into its place."""
-    first = read_image(files[0])
-    H, W, _ = first.shape
+    H, W, _ = read_image(files[0]).shape
     # ends at the first colour file; in a grey set it reads every file once more
     C = 3 if any(read_image(path).shape[2] == 3 for path in files) else 1
     x = np.empty((len(files), H, W, C), np.uint8)
@@ -394,10 +398,11 @@ def read_image(path):
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as im:
-            # a camera's MPO is a JPEG whose further frames are previews
+            # which of them is the image? but a camera's MPO is a JPEG whose further frames are previews
             if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":
                 raise ValueError(f"it has {im.n_frames} frames")
             ImageOps.exif_transpose(im, in_place=True)
+            # what is below transparent pixels was never meant to be seen
             if im.has_transparency_data and im.convert("RGBA").getextrema()[3][0] < 255:
                 raise ValueError("it has transparent pixels")
             if im.mode.startswith("I") and im.format == "PNG":  # the upper byte, as of 16-bit RGB

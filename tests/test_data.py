@@ -12,7 +12,6 @@ import tracemalloc
 from contextlib import redirect_stderr
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import set_forkserver_preload
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_teacher import make_folder, tiny_data
+from torch.overrides import TorchFunctionMode
 
 import train_teacher
-from test_teacher import make_folder, tiny_data
 from train_teacher import Images, load_checkpoint, load_data
 
 
@@ -40,24 +39,26 @@ def save(path, image, **options):
 @pytest.fixture
 def never_decoded(monkeypatch):
     """Call it: from then on, decoding fails the test."""
-    return lambda: monkeypatch.setattr(train_teacher, "decode", lambda *_: pytest.fail("decoded again"))
+    def fail(files):
+        pytest.fail("decoded again")
+    return lambda: monkeypatch.setattr(train_teacher, "decode", fail)
 
 
 @pytest.fixture
 def refused(capsys):
-    """refused(root, words...): load_data ends with `code` and one line on stderr with these words."""
-    def check(root, *words, code=2, data_dir=None):
+    """refused(root, words...): it ends with code 2 and one line on stderr with these words."""
+    def check(root, *words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            load_data(str(root), data_dir or root.parent / "cache")
+            load(root)
         error = capsys.readouterr().err
-        assert end.value.code == code and error.count("\n") == 1, error
+        assert end.value.code == 2 and error.count("\n") == 1, error
         for word in (f"--dataset {root}", *words):
             assert str(word) in error
     return check
 
 
-# --------------------------------------------------------------------------------------- digits, statistics
+# ------------------------------------------------------------------------------- digits, statistics
 def test_digits_are_the_uci_digits():
     data = load_data("digits", "nowhere")
     assert str(data).startswith("digits: 1,437 + 360 images of 1x8x8, 10 classes")
@@ -96,11 +97,11 @@ def test_normalised_training_set_has_zero_mean_and_unit_variance():
     assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchFunctionMode):
     """Bytes of the largest tensor that any operation gives."""
     largest = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel() * result.element_size())
@@ -132,7 +133,7 @@ def test_decoding_and_the_cache_hold_the_pixels_once(tmp_path):
         assert peak < 1.5 * 60 * 600 * 600 * 3
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_folder_is_read_cached_and_read_again(tmp_path, mode, monkeypatch, never_decoded):
     pixels = make_folder(tmp_path / "set", mode=mode)
@@ -142,9 +143,9 @@ def test_folder_is_read_cached_and_read_again(tmp_path, mode, monkeypatch, never
     assert data.test_y.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(data.train_x[5].numpy().squeeze(), pixels["train", "dog"][1])
     assert np.array_equal(data.test_x[5].numpy().squeeze(), pixels["test", "owl"][1])
-    with monkeypatch.context() as patch:
-        patch.setattr(train_teacher, "decode", lambda *_: pytest.fail("decoded again"))
-        assert load(tmp_path / "set").describe() == data.describe()
+    never_decoded()
+    assert load(tmp_path / "set").describe() == data.describe()
+    monkeypatch.undo()
     Image.fromarray(255 - pixels["train", "cat"][0]).save(tmp_path / "set/train/cat/0.png")
     assert load(tmp_path / "set").sha256 != data.sha256            # a changed image is noticed
 
@@ -200,7 +201,8 @@ def test_links_are_followed_and_relabelling_or_replacing_behind_them_is_noticed(
     os.unlink(root / "train/cat/2.png")
     (root / "train/dog/-.png").symlink_to(store / "set/train/cat/2.png")
     relabelled = load(root)
-    assert relabelled.train_y.tolist() == [0, 0, 1, 1, 1, 1] and torch.equal(relabelled.train_x, data.train_x)
+    assert relabelled.train_y.tolist() == [0, 0, 1, 1, 1, 1]
+    assert torch.equal(relabelled.train_x, data.train_x)
 
     # other pixels in a file of the same size and time
     target = store / "set/train/cat/0.png"
@@ -229,7 +231,8 @@ def test_what_is_skipped_is_said_with_its_count(tmp_path, capsys):
     make_folder(root)
     expected = load(root).sha256
     for name in ("Thumbs.db", "train/desktop.ini", "train/cat/Thumbs.db", "test/dog/labels.csv",
-                 "train/cat/.DS_Store", "train/cat/._0.png", "train/owl/.ipynb_checkpoints/0.png", "train/x.png"):
+                 "train/cat/.DS_Store", "train/cat/._0.png", "train/x.png",
+                 "train/owl/.ipynb_checkpoints/0.png"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / "train/cat/0.png", root / name)
     os.symlink("nowhere", root / "train/cat/notes.txt")
@@ -259,19 +262,22 @@ def test_folders_that_do_not_fit(tmp_path, refused):
         change()
         refused(root, *words)
 
+    cat, owl = root / "train/cat", root / "test/owl"
+    small = Image.new("RGB", (9, 4))
     changed(lambda: shutil.rmtree(root / "train"), "no folder train/", "train/<class>")
-    changed(lambda: shutil.rmtree(root / "test"), "no folder test/", "test/<class>", "val/<class>")
-    changed(lambda: shutil.rmtree(root), "train/<class>")
-    changed(lambda: os.rename(root / "test/owl", root / "test/yak"), "'owl'")
-    changed(lambda: [path.unlink() for path in (root / "test/owl").iterdir()], "'owl'", "no images", "test/")
-    changed(lambda: os.symlink("nowhere.png", root / "train/cat/7.png"), "train/cat/7.png", "points nowhere")
-    changed(lambda: os.symlink("..", root / "train/cat/up"), "train/cat/up", "link to a folder")
-    changed(lambda: save(root / "train/dog/x.png", Image.new("RGB", (9, 4))), "x.png", "9x4", "5x6", "one size")
+    changed(lambda: shutil.rmtree(root / "test"), "no folder test/", "val/<class>")
+    changed(lambda: shutil.rmtree(root), "cifar100", "train/<class>")
+    changed(lambda: os.rename(owl, root / "test/yak"), "'owl'")
+    changed(lambda: [path.unlink() for path in owl.iterdir()], "'owl'", "no images in test/")
+    changed(lambda: os.symlink("nowhere", cat / "7.png"), "train/cat/7.png", "points nowhere")
+    changed(lambda: os.symlink("..", cat / "up"), "train/cat/up", "link to a folder")
+    changed(lambda: save(cat / "7.png", small), "train/cat/7.png", "9x4", "5x6", "one size")
 
 
-# ----------------------------------------------------------------------------------------- kinds of images
+# ---------------------------------------------------------------------------------- kinds of images
 GREY = np.arange(30, dtype=np.uint8).reshape(6, 5) * 8 + 3
 COLOUR = np.stack([GREY, 255 - GREY, GREY // 3], -1)
+PALETTE = np.stack([255 - GREY, GREY // 2, GREY], -1)
 
 
 def with_alpha(pixels, alpha):
@@ -282,14 +288,15 @@ def cmyk():
     return Image.fromarray(np.dstack([255 - COLOUR, np.zeros_like(GREY)]), "CMYK")
 
 
-def palette(transparent=None):
-    image = Image.fromarray(GREY, "P")
-    image.putpalette(np.stack([np.arange(256)[::-1], np.arange(256) // 2, np.arange(256)], -1).astype(np.uint8).tobytes())
+def palette():
+    """An image of PALETTE's colours whose pixels are numbers of colours."""
+    image, level = Image.fromarray(GREY, "P"), np.arange(256)
+    image.putpalette(np.stack([255 - level, level // 2, level], -1).astype(np.uint8).tobytes())
     return image
 
 
 def turned():
-    """(options of a file that asks to be turned clockwise by 90 degrees)."""
+    """The EXIF data of a file that asks to be turned clockwise by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -297,9 +304,6 @@ def turned():
 
 def two_frames():
     return dict(save_all=True, append_images=[Image.fromarray(COLOUR[::-1].copy())])
-
-
-PALETTE = np.stack([255 - GREY, GREY // 2, GREY], -1)
 
 
 @pytest.mark.parametrize("suffix,image,options,expected", [
@@ -342,12 +346,13 @@ def test_what_is_no_plain_image_is_refused_by_name(tmp_path, refused, name, imag
     refused(tmp_path / "set", f"test/owl/{name}", words, "replace or remove")
 
 
-@pytest.mark.parametrize("content", [lambda good: good[:len(good) // 2], lambda good: b"0,1\n", lambda good: b""])
-def test_a_damaged_image_is_refused_by_name(tmp_path, refused, content):
+def test_a_damaged_image_is_refused_by_name(tmp_path, refused):
     make_folder(tmp_path / "set")
     path = tmp_path / "set/train/dog/2.png"
-    path.write_bytes(content(path.read_bytes()))
-    refused(tmp_path / "set", "train/dog/2.png", "replace or remove")
+    good = path.read_bytes()
+    for content in (good[:len(good) // 2], b"0,1\n", b""):
+        path.write_bytes(content)
+        refused(tmp_path / "set", "train/dog/2.png", "replace or remove")
 
 
 @pytest.mark.parametrize("odd", ["train/cat/0.png", "train/owl/3.png", "test/owl/1.png"])
@@ -363,7 +368,7 @@ def test_grey_only_if_all_are_grey(tmp_path, mode, odd):
     assert np.array_equal(data.train_x[4], other if mode == "RGB" else np.dstack([other] * 3))
 
 
-# ------------------------------------------------------------------------------------------------ CIFAR
+# -------------------------------------------------------------------------------------------- CIFAR
 def stand_in(name, url):
     """(archive, attributes that make torchvision take it for CIFAR, pixels and labels by file)."""
     from torchvision import datasets
@@ -392,7 +397,7 @@ def stand_in(name, url):
 
 @pytest.fixture(scope="module")
 def cifar():
-    """A server of both archives. `.attributes` and `.content` by name; `.requests`: what was asked for."""
+    """A server of both archives: .attributes and .content by name, .requests of paths so far."""
     pytest.importorskip("torchvision")
     from torchvision import datasets
 
@@ -408,12 +413,14 @@ def cifar():
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
+    with (ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+          pytest.MonkeyPatch.context() as patch):
         patch.setenv("no_proxy", "127.0.0.1")
+        url = f"http://127.0.0.1:{server.server_port}"
         server.requests, server.archives, server.attributes, server.content = [], {}, {}, {}
         for name in ("cifar10", "cifar100"):
-            file, archive, attributes, content = stand_in(name, f"http://127.0.0.1:{server.server_port}")
-            server.archives[file], server.attributes[name], server.content[name] = archive, attributes, content
+            file, server.archives[file], attributes, content = stand_in(name, url)
+            server.attributes[name], server.content[name] = attributes, content
             for key, value in attributes.items():
                 patch.setattr(getattr(datasets, name.upper()), key, value)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -431,11 +438,14 @@ def test_cifar_is_downloaded_once_and_read_right(cifar, tmp_path, name, n):
     *train, (test_x, test_y) = cifar.content[name].values()
     planes = np.concatenate([x for x, _ in train])                 # (N, C*H*W)
     x = planes.reshape(n, 3, 32, 32).transpose(0, 2, 3, 1)         # (N, H, W, C)
-    assert np.array_equal(data.train_x, x) and data.train_y.tolist() == sum((y for _, y in train), [])
-    assert data.test_x[3, 5, 7, 2] == test_x[3].reshape(3, 32, 32)[2, 5, 7] and data.test_y.tolist() == test_y
+    assert np.array_equal(data.train_x, x)
+    assert data.train_y.tolist() == sum((y for _, y in train), [])
+    assert data.test_x[3, 5, 7, 2] == test_x[3].reshape(3, 32, 32)[2, 5, 7]
+    assert data.test_y.tolist() == test_y
     assert data.classes[:2] == ["class 0", "class 1"] and data.shape == (3, 32, 32)
     direct = x.astype(np.float64) / 255
-    assert data.mean == pytest.approx(direct.mean((0, 1, 2))) and data.std == pytest.approx(direct.std((0, 1, 2)))
+    assert data.mean == pytest.approx(direct.mean((0, 1, 2)))
+    assert data.std == pytest.approx(direct.std((0, 1, 2)))
 
 
 def test_the_papers_command(cifar, tmp_path, monkeypatch):
@@ -449,7 +459,8 @@ def test_the_papers_command(cifar, tmp_path, monkeypatch):
 def test_cifar_that_cannot_be_had(cifar, tmp_path, monkeypatch, capsys):
     from torchvision import datasets
     monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    for words in (["not in", str(tmp_path), "http://127.0.0.1:9", "digits"], ["torchvision", "imported"]):
+    unreachable = ["not in", str(tmp_path), "http://127.0.0.1:9", "digits"]
+    for words in (unreachable, ["torchvision", "imported"]):
         with pytest.raises(SystemExit) as end:
             load_data("cifar100", tmp_path)
         error = capsys.readouterr().err.splitlines()[-1]
@@ -457,7 +468,7 @@ def test_cifar_that_cannot_be_had(cifar, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torchvision", None)
 
 
-# ---------------------------------------------------------------------------------- several processes, nodes
+# ------------------------------------------------------------------------- several processes, nodes
 def observed(load, decoded):
     """What `load` gives in this process: how often it decoded, how it ended, what it printed."""
     before, printed = len(decoded), io.StringIO()
@@ -471,7 +482,7 @@ def observed(load, decoded):
 
 
 def worker(rank, folder, attributes):
-    """One of four processes on two nodes. Each case: what a node's own folder or the shared one holds."""
+    """One of four processes on two nodes, each with a folder of its own and one that both share."""
     node = rank // 2
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank % 2), WORLD_SIZE="4")
     torch.set_num_threads(1)
@@ -513,14 +524,14 @@ def four(cifar, tmp_path_factory):
     set_forkserver_preload(["test_data", "torchvision"])  # imported once for all four
     mp.start_processes(worker, (folder, cifar.attributes), nprocs=4, start_method="forkserver")
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
-    downloads = {name: cifar.requests.count(f"{name}-python.tar.gz") / alone for name in ("cifar-10", "cifar-100")}
+    downloads = {path: cifar.requests.count(path) / alone for path in cifar.archives}
     return {case: [one[case] for one in seen] for case in seen[0]} | dict(downloads=downloads)
 
 
 def test_one_process_of_the_run_downloads_or_decodes(four, tmp_path):
     make_folder(tmp_path / "set")
     sha256 = load(tmp_path / "set").sha256
-    assert four["downloads"]["cifar-10"] == 1
+    assert four["downloads"]["cifar-10-python.tar.gz"] == 1
     assert len({one["end"] for one in four["cifar_shared"]}) == 1
     assert [one["decoded"] for one in four["folder_shared"]] == [1, 0, 0, 0]
     for one in four["folder_shared"] + four["folder_own"] + four["cache_not_kept"]:
@@ -528,15 +539,17 @@ def test_one_process_of_the_run_downloads_or_decodes(four, tmp_path):
 
 
 def test_nodes_that_share_no_folder_get_the_data_themselves(four):
-    assert four["downloads"]["cifar-100"] == 2
+    assert four["downloads"]["cifar-100-python.tar.gz"] == 2
     assert len({one["end"] for one in four["cifar_own"]}) == 1
     assert [one["decoded"] for one in four["folder_own"]] == [1, 0, 1, 0]
 
 
 def test_a_failure_ends_every_process_with_one_line(four):
-    for case, failing, code, words in (("first_fails", 0, 2, "nothing"), ("second_node_fails", 2, 2, "only0")):
-        assert [one["end"] for one in four[case]] == [code if r == failing else 1 for r in range(4)]
-        assert [len(one["errors"]) for one in four[case]] == [int(r == failing) for r in range(4)]
-        assert words in four[case][failing]["errors"][0]
+    cases = [("first_fails", 0, "nothing"), ("second_node_fails", 2, "only0")]
+    for case, failing, missing in cases:
+        for process, seen in enumerate(four[case]):
+            assert seen["end"] == (2 if process == failing else 1)
+            assert len(seen["errors"]) == (1 if process == failing else 0)
+        assert missing in four[case][failing]["errors"][0]
     assert [one["end"] for one in four["nodes_differ"]] == [1] * 4
     assert "different images" in four["nodes_differ"][0]["errors"][0]
