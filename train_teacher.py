@@ -398,7 +398,7 @@ def read_image(path):
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as im:
-            # which of them is the image? but a camera's MPO is a JPEG whose further frames are previews
+            # which one is the image? a camera's MPO is a JPEG, what follows in it are previews
             if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":
                 raise ValueError(f"it has {im.n_frames} frames")
             ImageOps.exif_transpose(im, in_place=True)
