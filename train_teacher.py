@@ -36,6 +36,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from kernels import BatchNorm2d
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs are not kept from writing one file
@@ -461,41 +463,6 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------------------- network
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with statistics over all processes (nn.SyncBatchNorm refuses CPU tensors)."""
-
-    def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        x32 = x if x.dtype == torch.float64 else x.float()
-        mean = AllReduceMean.apply(x32.mean((0, 2, 3)))
-        var = AllReduceMean.apply((x32 - mean.view(-1, 1, 1)).square().mean((0, 2, 3)))
-        self.update_statistics(mean, var, world_size() * x.numel() // x.shape[1])
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x32 * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)).to(x.dtype)
-
-    @torch.no_grad()
-    def update_statistics(self, mean, var, n):
-        """Running mean and unbiased variance, from a batch of n values a channel with biased variance `var`."""
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_((var * (n / max(n - 1, 1))).to(self.running_var), self.momentum)
-
-
-class AllReduceMean(torch.autograd.Function):
-    """Mean over processes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / world_size()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduceMean.forward(None, grad)
-
-
 class BatchNormReLU(BatchNorm2d):
     """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
 
@@ -613,7 +580,8 @@ def evaluate(predict, data, batch_size=500):
     predict: uint8 images (B, C, H, W) and their index in the test set (B,) -> class scores (B, K).
     """
     sums = torch.zeros(2, dtype=torch.float64, device=data.test_x.device)
-    for index in torch.arange(len(data.test_y), device=sums.device).split(batch_size)[rank()::world_size()]:
+    batches = torch.arange(len(data.test_y), device=sums.device).split(batch_size)
+    for index in batches[rank()::world_size()]:
         labels = data.test_y[index]
         scores = predict(data.test_x[index].permute(0, 3, 1, 2), index).double()
         loss = F.cross_entropy(scores, labels, reduction="sum")
@@ -992,7 +960,7 @@ def read(path):
 
 
 def load_checkpoint(path, stage=None, remedy="copy or make it again"):
-    """Read a checkpoint of `stage` (a key of STAGES; None: any): its CRCs, format and stage checked.
+    """Read a checkpoint of `stage` (a key of STAGES; None: any), its CRCs, format and stage checked.
 
     weights_only: a stranger's file cannot run code. Every defect ends in one line that names it.
     """
@@ -1214,7 +1182,8 @@ class TrainingRun:
             assert all(p.shape == buffer.shape for p, buffer in buffers), "momentum of other shapes"
         except (RuntimeError, ValueError, AssertionError) as error:
             why = " ".join(str(error).split())[:160]
-            fail(f"{self.args.out}.last does not fit the edited network ({why}): --fresh starts over")
+            fail(f"{self.args.out}.last does not fit the edited network ({why}): "
+                 "--fresh starts over")
         optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
         scaler.load_state_dict(state["scaler"])
         self.earlier = None
@@ -1322,7 +1291,7 @@ class TrainingRun:
         if kind is KeyboardInterrupt:
             kept = "no epoch was done yet: the same command starts again"
             if self.written:
-                again = "the same command without --fresh" if self.args.fresh else "the same command"
+                again = "the same command" + (" without --fresh" if self.args.fresh else "")
                 epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
                 kept = f"{self.args.out}.last holds {epochs}: {again} goes on"
             if rank() == 0:

@@ -25,11 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kernels import bn_lif
+from kernels import BatchNorm2d, bn_lif
 from train_teacher import (
     DEPTHS,
     BasicBlock,
-    BatchNorm2d,
     Bottleneck,
     Parser,
     ResNet,
@@ -145,13 +144,13 @@ class BatchNormLIF(BatchNorm2d):
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
             residual = residual.unflatten(0, (n.T, -1))  # likewise
-        statistics = (None, None) if self.training else (self.running_mean, self.running_var)
-        spikes, mean, var, count = bn_lif(
-            x, self.weight, self.bias, residual, *statistics,
-            T=n.T if static else None, eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens,
-            detach_reset=n.detach_reset, group=dist.group.WORLD if world_size() > 1 else None)
         if self.training:
-            self.update_statistics(mean, var, count)
+            self.num_batches_tracked += 1
+        spikes = bn_lif(
+            x, self.weight, self.bias, residual, self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum, T=n.T if static else None,
+            eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
+            group=dist.group.WORLD if world_size() > 1 else None)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
