@@ -271,9 +271,9 @@ def load_folder(dataset, data_dir):
     root, skipped = Path(dataset), []
     try:
         train, test = list_folder(root, skipped)
-        if skipped and rank() == 0:
+        if skipped:
             names = ", ".join(str(path.relative_to(root)) for path in skipped[:3])
-            print(f"note: --dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
+            note(f"--dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
         files = [path for split in (train, test) for paths in split.values() for path in paths]
         cache = data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz"
         x = read_cache(cache)
@@ -288,6 +288,12 @@ def load_folder(dataset, data_dir):
     test_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in test.values()]))
     n = len(train_y)
     return Images(str(root), list(train), x[:n], train_y, x[n:], test_y)
+
+
+def note(text):
+    """One line of rank 0. On stderr, which escapes what the console cannot show in file names."""
+    if rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def list_folder(root, skipped):
@@ -371,9 +377,8 @@ def write_cache(path, x):
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        if rank() == 0:
-            print(f"note: the decoded images were not kept in {path} ({error.strerror}); "
-                  "the next run decodes them again")
+        note(f"the decoded images were not kept in {path} ({error.strerror}); "
+             "the next run decodes them again")
 
 
 def decode(files):
