@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from test_teacher import make_folder
 
 import train_idsnn
 import train_teacher
 import transfer_init
-from test_teacher import make_folder
 from train_idsnn import FiringRates, distillation, objective, warnings
 from train_teacher import load_checkpoint
 from transfer_init import BatchNormLIF, SpikingResNet
