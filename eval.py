@@ -234,8 +234,11 @@ def describe(path, checkpoint):
         parts.append("KD")
     method = "ANN" if stage == "teacher" else "+".join(parts) or "baseline"
     run = {key: checkpoint[key] for key in ("arch", "config", "data", "provenance")}
-    return run | dict(file=path, name=Path(path).stem, dataset=config["dataset"], method=method,
-                      T=checkpoint["arch"].get("T"), history=checkpoint["metrics"]["history"])
+    return run | dict(
+        file=path, name=Path(path).stem, dataset=config["dataset"], method=method,
+        # the same pixels and labels, wherever they lie
+        images=checkpoint["data"]["sha256"] if checkpoint["data"] else None,
+        T=checkpoint["arch"].get("T"), history=checkpoint["metrics"]["history"])
 
 
 def check_data(run, data):
@@ -304,12 +307,13 @@ def compare(runs):
     def accuracy(epoch):
         return epoch["test_acc"]
 
-    rows, best = [], {}  # best: epoch of each baseline, by network and data set
+    # every epoch of the baselines, by network and data set
+    baselines = {}
     for run in runs:
-        if run["method"] == "baseline" and run["history"]:
-            setting = network(run), run["dataset"]
-            epochs = run["history"] + [best[setting]] if setting in best else run["history"]
-            best[setting] = max(epochs, key=accuracy)
+        if run["method"] == "baseline":
+            baselines.setdefault((network(run), run["images"]), []).extend(run["history"])
+
+    rows = []
     for run in runs:
         row = dict(run=run["name"], data=Path(run["dataset"]).name, network=network(run),
                    method=run["method"], T=run["T"], epochs=len(run["history"]))
@@ -317,7 +321,7 @@ def compare(runs):
         if run["history"]:
             top = max(run["history"], key=accuracy)
             row |= dict(last=run["history"][-1]["test_acc"], best=top["test_acc"], at=top["epoch"])
-        base = best.get((network(run), run["dataset"]))
+        base = max(baselines.get((network(run), run["images"]), []), key=accuracy, default=None)
         reached = [e for e in run["history"] if base and accuracy(e) >= accuracy(base)]
         if reached:
             first = reached[0]["epoch"]
@@ -393,17 +397,13 @@ def plot(path, runs):
     import matplotlib
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
-    datasets = list(dict.fromkeys(run["dataset"] for run in runs if run["history"]))
+    datasets = list(dict.fromkeys(run["images"] for run in runs if run["history"]))
     fired = any(run.get("firing") for run in runs)
     rows = len(datasets) + fired
     if not rows:
         fail("argument --plot: nothing to draw: no run here was trained or evaluated")
     figure, axes = pyplot.subplots(rows, 2, squeeze=False, figsize=(8.3, 3.2 * rows + 0.6),
                                    layout="constrained")
-    for name, (left, right) in zip(datasets, axes):
-        name = Path(name).name
-        left.set(title=f"{name}: accuracy (thin: training)", xlabel="epoch", ylabel="%")
-        right.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
     if fired:
         left, right = axes[-1]
         left.set(title="test accuracy", xlabel="time-steps", ylabel="%")
@@ -418,7 +418,10 @@ def plot(path, runs):
         dash = ("-", "--", ":")[i // len(COLOURS) % 3]
         style = dict(label=label, color=color, linestyle=dash, marker=".")
         if run["history"]:
-            left, right = axes[datasets.index(run["dataset"])]
+            left, right = axes[datasets.index(run["images"])]
+            name = Path(run["dataset"]).name
+            left.set(title=f"{name}: accuracy (thin: training)", xlabel="epoch", ylabel="%")
+            right.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
             curve = {key: [epoch[key] for epoch in run["history"]] for key in run["history"][0]}
             left.plot(curve["epoch"], curve["test_acc"], **style)
             left.plot(curve["epoch"], curve["train_acc"], color=color, linewidth=0.5)
@@ -604,12 +607,14 @@ def main(argv=None):
     models = [build(path, checkpoint).to(device, dtype) for path, checkpoint in checkpoints.items()]
     runs = [describe(path, checkpoint) for path, checkpoint in checkpoints.items()]
     single = len(runs) == 1
-    for run in runs:
+    for run, model in zip(runs, models):
         if single and not run["T"] and (args.T or args.export):
             flag = "--T" if args.T else "--export"
             fail(f"argument {flag}: {run['file']} is a teacher, a network without time-steps")
         if (args.predict or args.export) and not run["data"]:
             fail(f"{run['file']} records no classes and no image size: train it first")
+        if run["T"] and args.T:
+            model.neuron.T = args.T[-1]
 
     # the data, all of it before the first pass: test sets, or the user's images
     use_test_set = not (args.recorded or args.predict or args.export)
@@ -636,7 +641,6 @@ def main(argv=None):
         steps = [1]
         if run["T"]:
             steps = args.T or list(range(1, run["T"] + 1))
-            model.neuron.T = steps[-1]
         with autocast:
             if args.predict:
                 run["predictions"] = predict(run, model, images, args.predict, steps)
@@ -671,9 +675,14 @@ def main(argv=None):
              [row for run in runs for row in run["predictions"]])
     if args.recorded or use_test_set:
         show(console, "training recorded", rows)
+        if not single and any(row["to_base"] for row in rows):
+            notes += ["to_base: the first epoch that reaches the best of all baselines here",
+                      "sooner: the epoch at which that baseline had it, over to_base"]
     if use_test_set:
         show(console, f"on the test set ({device}, {args.precision})",
              [row for run in runs for row in measured(run)])
+        notes.append(f"energy: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC (45 nm), "
+                     "an image; conventions: see eval.py")
     if use_test_set and single:
         run, rates = runs[0], runs[0]["class_accuracy"]
         if run["T"]:

@@ -269,7 +269,7 @@ def test_other_class_names_are_refused(refused, trained):
 def finished(name, accuracies, method="init+KD", dataset="cifar100", **arch):
     """What `describe` makes of a finished run."""
     history = [dict(epoch=i + 1, test_acc=a) for i, a in enumerate(accuracies)]
-    return dict(name=name, dataset=dataset, method=method, T=4, history=history,
+    return dict(name=name, dataset=dataset, images=dataset, method=method, T=4, history=history,
                 arch=dict(depth=18, width=64, block="basic", encoder="direct") | arch)
 
 
@@ -570,7 +570,7 @@ def test_nir_refuses_what_it_would_lose(tmp_path):
 
 def test_nir_export_of_a_trained_network(run, trained):
     nir = pytest.importorskip("nir")
-    out, content = run("idsnn.pt --precision fp64 --export nir idsnn.nir")
+    out, content = run("idsnn.pt --T 5 --precision fp64 --export nir idsnn.nir")
     graph = nir.read(trained / "idsnn.nir")
-    assert graph.metadata["T"] == 2 and graph.nodes["conv1"].weight.dtype == np.float64
+    assert graph.metadata["T"] == 5 and graph.nodes["conv1"].weight.dtype == np.float64
     assert "idsnn.nir" in out and "mean of `output`" in out and "steps" not in content["runs"][0]
