@@ -28,12 +28,11 @@ import io
 import json
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads soon leave their core
+if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -53,64 +52,38 @@ from train_teacher import (
     load_checkpoint,
     load_data,
     number,
+    read_image,
+    run_script,
+    setup,
 )
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
-
-# ---- temporary, until the new train_teacher.py and transfer_init.py are here
-try:
-    from train_teacher import read_image, run_script, setup
-except ImportError:
-    from train_teacher import image, init_distributed, set_precision
-    from train_teacher import run as run_script
-
-    def read_image(path):
-        pixels = image(path, None)
-        return pixels.reshape(*pixels.shape[:2], -1)
-
-    def setup(args):
-        device = init_distributed(args)
-        args.precision, *rest = set_precision(args, device)
-        return device, *rest
-
-    old = SpikingResNet.encode
-    def encode(self, x, data, index, *rest):
-        if not isinstance(index, torch.Tensor):
-            return old(self, x, data, index, *rest)
-        seed = rest[0]
-        if self.encoder == "direct":
-            return data.normalize(x)
-        draws = []
-        for i in index.tolist():
-            g = torch.Generator().manual_seed(seed * 1_000_003 + i)
-            draws.append(torch.stack([torch.randint(255, x.shape[1:], generator=g)
-                                      for _ in range(self.neuron.T)]))
-        return (x > torch.stack(draws, 1).to(x.device)).to(data.offset.dtype)
-    SpikingResNet.encode = encode
-# ---- end of temporary
 
 
 def parse_args(argv=None):
     p = Parser(description="Stage 4: evaluate checkpoints and compare them.")
+    # what to evaluate, and how far
     p.add_argument("checkpoints", nargs="*", default=["idsnn.pt"], metavar="FILE",
-                   help="checkpoints of any stage (default idsnn.pt)")
+                   help="checkpoints of any stage")
     p.add_argument("--T", type=time_steps, metavar="T,T,...",
                    help="time-steps after which to report (default 1, 2, ... to the trained T)")
     p.add_argument("--recorded", action="store_true",
                    help="show what training recorded, without a pass over the test set")
+    # on what, and how
     p.add_argument("--dataset",
                    help="cifar10, cifar100, digits, or a folder (default: as in training)")
     p.add_argument("--data-dir", help="where downloads are kept (default: as in training)")
     p.add_argument("--batch-size", type=number(int, 1, 1 << 20), default=500,
-                   help="images per pass (default 500)")
-    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"],
-                   help="auto: what training takes on this device")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                   help="images per pass")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
+                   help="of the arithmetic; auto: bf16 where the device multiplies it")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                    help="auto: the GPU if there is one")
+    # what to make of it
     p.add_argument("--json", metavar="FILE", help="write everything, for scripts")
     p.add_argument("--csv", metavar="FILE", help="write the comparison, a row per checkpoint")
     p.add_argument("--plot", metavar="FILE.png",
                    help="draw the curves over epochs, accuracy over T, firing rates by layer")
-    p.add_argument("--predict", nargs="+", default=[], metavar="IMAGE",
+    p.add_argument("--predict", nargs="+", metavar="IMAGE",
                    help="classify these image files in place of the test set")
     p.add_argument("--export", nargs=2, metavar=("nir", "FILE"),
                    help="write the network as a NIR graph in place of evaluating it")
@@ -129,15 +102,17 @@ def parse_args(argv=None):
 
     # can every output be written? asked now, not after the pass over the test set
     outputs = dict(json=args.json, csv=args.csv, plot=args.plot)
-    outputs["export"] = args.export and args.export[1]
-    taken = {os.path.realpath(path) for path in args.checkpoints + args.predict}
+    if args.export:
+        outputs["export"] = args.export[1]
+    taken = {os.path.realpath(path) for path in args.checkpoints + (args.predict or [])}
     for flag, path in outputs.items():
-        if path:
-            real = os.path.realpath(path)
-            where = real if os.path.exists(real) else os.path.dirname(real)
-            if real in taken or os.path.isdir(real) or not os.access(where, os.W_OK):
-                fail(f"argument --{flag}: cannot write {path}: give another file")
-            taken.add(real)
+        if not path:
+            continue
+        real = os.path.realpath(path)
+        where = real if os.path.exists(real) else os.path.dirname(real)
+        if real in taken or os.path.isdir(real) or not os.access(where, os.W_OK):
+            fail(f"argument --{flag}: cannot write {path}: give another file")
+        taken.add(real)
     return args
 
 
@@ -239,9 +214,9 @@ def energy(layers, T):
 # -------------------------------------------------------------------------------------- evaluation
 def build(path, checkpoint):
     """The network in a checkpoint, ResNet or SpikingResNet, in eval mode."""
-    network = ResNet if checkpoint["stage"] == "teacher" else SpikingResNet
+    kind = ResNet if checkpoint["stage"] == "teacher" else SpikingResNet
     try:
-        model = network(**checkpoint["arch"])
+        model = kind(**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -259,8 +234,11 @@ def describe(path, checkpoint):
         parts.append("KD")
     method = "ANN" if stage == "teacher" else "+".join(parts) or "baseline"
     run = {key: checkpoint[key] for key in ("arch", "config", "data", "provenance")}
-    return run | dict(file=path, name=Path(path).stem, dataset=config["dataset"], method=method,
-                      T=checkpoint["arch"].get("T"), history=checkpoint["metrics"]["history"])
+    return run | dict(
+        file=path, name=Path(path).stem, dataset=config["dataset"], method=method,
+        # the same pixels and labels, wherever they lie
+        images=checkpoint["data"]["sha256"] if checkpoint["data"] else None,
+        T=checkpoint["arch"].get("T"), history=checkpoint["metrics"]["history"])
 
 
 def check_data(run, data):
@@ -273,13 +251,16 @@ def check_data(run, data):
     check_classes(data.classes, run["data"], "network", run["file"])
 
 
-def scores_over_time(model, x, data, index, seed):
-    """uint8 images (B, C, H, W) -> class scores (T, B, K) in the parameters' precision.
+def scores_over_time(run, model, data, start, stop):
+    """Images start..stop of the test set -> class scores (T, B, K) in the parameters' precision.
 
-    T is 1 for a teacher. The Poisson encoder draws its noise from `index` (B,) and `seed`.
+    T is 1 for a teacher.
     """
-    if isinstance(model, SpikingResNet):
-        scores = model(model.encode(x, data, index, seed))
+    x = data.test_x[start:stop].permute(0, 3, 1, 2)  # uint8 (B, H, W, C) -> (B, C, H, W)
+    if run["T"]:
+        # the Poisson noise of training's own evaluation: of an image's place, not of its batch
+        index = torch.arange(start, start + len(x), device=x.device)
+        scores = model(model.encode(x, data, index, run["config"]["seed"] * 10_000))
     else:
         scores = model(data.normalize(x)).unsqueeze(0)  # (B, K) -> (1, B, K)
     return scores.to(model.fc.weight.dtype)
@@ -298,10 +279,8 @@ def evaluate(run, model, data, steps, batch_size, console):
     counters = Counters(model, steps[-1])
     for start in track(range(0, images, batch_size), run["file"], console=console,
                        transient=True, disable=not console.is_terminal):
-        x = data.test_x[start: start + batch_size].permute(0, 3, 1, 2)  # -> (B, C, H, W)
         y = data.test_y[start: start + batch_size]
-        index = torch.arange(start, start + len(y), device=device)
-        scores = scores_over_time(model, x, data, index, run["config"]["seed"])
+        scores = scores_over_time(run, model, data, start, start + batch_size)
         for i, t in enumerate(steps):
             answer = scores[:t].mean(0).double()  # (T, B, K) -> (B, K)
             correct = answer.argmax(1) == y
@@ -325,33 +304,30 @@ def compare(runs):
     and data set. to_base: the first epoch with at least the best accuracy of the reference; sooner:
     the epoch at which the reference had that, over to_base (the paper's Table 4: 192 / 14).
     """
+    def accuracy(epoch):
+        return epoch["test_acc"]
+
+    # every epoch of the baselines, by network and data set
+    baselines = {}
+    for run in runs:
+        if run["method"] == "baseline":
+            baselines.setdefault((network(run), run["images"]), []).extend(run["history"])
+
     rows = []
     for run in runs:
         row = dict(run=run["name"], data=Path(run["dataset"]).name, network=network(run),
                    method=run["method"], T=run["T"], epochs=len(run["history"]))
         row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
         if run["history"]:
-            best = best_epoch(run)
-            row |= dict(last=run["history"][-1]["test_acc"], best=best["test_acc"],
-                        at=best["epoch"])
-        baselines = [best_epoch(other) for other in runs
-                     if other["method"] == "baseline" and other["history"]
-                     and other["dataset"] == run["dataset"] and network(other) == network(run)]
-        if baselines:
-            base = max(baselines, key=accuracy)
-            passed = [e["epoch"] for e in run["history"] if accuracy(e) >= accuracy(base)]
-            if passed:
-                row |= dict(to_base=passed[0], sooner=base["epoch"] / passed[0])
+            top = max(run["history"], key=accuracy)
+            row |= dict(last=run["history"][-1]["test_acc"], best=top["test_acc"], at=top["epoch"])
+        base = max(baselines.get((network(run), run["images"]), []), key=accuracy, default=None)
+        reached = [e for e in run["history"] if base and accuracy(e) >= accuracy(base)]
+        if reached:
+            first = reached[0]["epoch"]
+            row |= dict(to_base=first, sooner=base["epoch"] / first)
         rows.append(row)
     return rows
-
-
-def accuracy(epoch):
-    return epoch["test_acc"]
-
-
-def best_epoch(run):
-    return max(run["history"], key=accuracy)
 
 
 def network(run):
@@ -421,17 +397,13 @@ def plot(path, runs):
     import matplotlib
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
-    datasets = list(dict.fromkeys(run["dataset"] for run in runs if run["history"]))
+    datasets = list(dict.fromkeys(run["images"] for run in runs if run["history"]))
     fired = any(run.get("firing") for run in runs)
     rows = len(datasets) + fired
     if not rows:
         fail("argument --plot: nothing to draw: no run here was trained or evaluated")
     figure, axes = pyplot.subplots(rows, 2, squeeze=False, figsize=(8.3, 3.2 * rows + 0.6),
                                    layout="constrained")
-    for name, (left, right) in zip(datasets, axes):
-        name = Path(name).name
-        left.set(title=f"{name}: accuracy (thin: training)", xlabel="epoch", ylabel="%")
-        right.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
     if fired:
         left, right = axes[-1]
         left.set(title="test accuracy", xlabel="time-steps", ylabel="%")
@@ -446,7 +418,10 @@ def plot(path, runs):
         dash = ("-", "--", ":")[i // len(COLOURS) % 3]
         style = dict(label=label, color=color, linestyle=dash, marker=".")
         if run["history"]:
-            left, right = axes[datasets.index(run["dataset"])]
+            left, right = axes[datasets.index(run["images"])]
+            name = Path(run["dataset"]).name
+            left.set(title=f"{name}: accuracy (thin: training)", xlabel="epoch", ylabel="%")
+            right.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
             curve = {key: [epoch[key] for epoch in run["history"]] for key in run["history"][0]}
             left.plot(curve["epoch"], curve["test_acc"], **style)
             left.plot(curve["epoch"], curve["train_acc"], color=color, linewidth=0.5)
@@ -505,9 +480,7 @@ def read_images(paths, described):
 @torch.no_grad()
 def predict(run, model, data, paths, steps):
     """Class and probability after each number of time-steps in `steps`: a row for each image."""
-    x = data.test_x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-    index = torch.arange(len(x), device=x.device)
-    scores = scores_over_time(model, x, data, index, run["config"]["seed"])
+    scores = scores_over_time(run, model, data, 0, len(paths))
     rows = []
     for i, path in enumerate(paths):
         for t in steps:
@@ -634,12 +607,14 @@ def main(argv=None):
     models = [build(path, checkpoint).to(device, dtype) for path, checkpoint in checkpoints.items()]
     runs = [describe(path, checkpoint) for path, checkpoint in checkpoints.items()]
     single = len(runs) == 1
-    for run in runs:
+    for run, model in zip(runs, models):
         if single and not run["T"] and (args.T or args.export):
             flag = "--T" if args.T else "--export"
             fail(f"argument {flag}: {run['file']} is a teacher, a network without time-steps")
         if (args.predict or args.export) and not run["data"]:
             fail(f"{run['file']} records no classes and no image size: train it first")
+        if run["T"] and args.T:
+            model.neuron.T = args.T[-1]
 
     # the data, all of it before the first pass: test sets, or the user's images
     use_test_set = not (args.recorded or args.predict or args.export)
@@ -666,7 +641,6 @@ def main(argv=None):
         steps = [1]
         if run["T"]:
             steps = args.T or list(range(1, run["T"] + 1))
-            model.neuron.T = steps[-1]
         with autocast:
             if args.predict:
                 run["predictions"] = predict(run, model, images, args.predict, steps)
@@ -694,17 +668,21 @@ def main(argv=None):
     if args.export:
         notes = export_nir(args.export[1], models[0].cpu(), runs[0]["data"]["shape"])
 
-    # the screen; a character that the console lacks is a question mark there
-    sys.stdout.reconfigure(errors="replace")
+    # the screen
     if args.predict:
         size = " and ".join({f"{W}x{H}" for C, H, W in (run["data"]["shape"] for run in runs)})
         show(console, f"images resized to {size} pixels",
              [row for run in runs for row in run["predictions"]])
     if args.recorded or use_test_set:
         show(console, "training recorded", rows)
+        if not single and any(row["to_base"] for row in rows):
+            notes += ["to_base: the first epoch that reaches the best of all baselines here",
+                      "sooner: the epoch at which that baseline had it, over to_base"]
     if use_test_set:
         show(console, f"on the test set ({device}, {args.precision})",
              [row for run in runs for row in measured(run)])
+        notes.append(f"energy: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC (45 nm), "
+                     "an image; conventions: see eval.py")
     if use_test_set and single:
         run, rates = runs[0], runs[0]["class_accuracy"]
         if run["T"]:

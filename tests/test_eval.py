@@ -63,8 +63,8 @@ def test_counters_by_hand(adds):
     layers = counted(Tiny(adds), a, b, T=2)
     assert list(layers) == ["conv1", "bn1", "conv2", "layer4", "fc"]
 
-    # spikes in step 1: pixels 0 and 2 of a, 0 of b; in step 2: pixels 0, 1 and 2 of a, 0 and 2 of b.
-    # of 4 neurons and 2 images: 3/8 and 5/8. the second LIF layer has them in one of two channels
+    # spikes in step 1: pixels 0 and 2 of a, 0 of b; in step 2: 0, 1 and 2 of a, 0 and 2 of b. of 4
+    # neurons and 2 images: 3/8 and 5/8. the second LIF layer has them in one of two channels
     assert layers["bn1"]["neurons"] == 4 and layers["bn1"]["rate"] == [3 / 8, 5 / 8]
     assert layers["layer4"]["neurons"] == 8 and layers["layer4"]["rate"] == [3 / 16, 5 / 16]
 
@@ -269,7 +269,7 @@ def test_other_class_names_are_refused(refused, trained):
 def finished(name, accuracies, method="init+KD", dataset="cifar100", **arch):
     """What `describe` makes of a finished run."""
     history = [dict(epoch=i + 1, test_acc=a) for i, a in enumerate(accuracies)]
-    return dict(name=name, dataset=dataset, method=method, T=4, history=history,
+    return dict(name=name, dataset=dataset, images=dataset, method=method, T=4, history=history,
                 arch=dict(depth=18, width=64, block="basic", encoder="direct") | arch)
 
 
@@ -287,9 +287,10 @@ def test_comparison_by_hand():
 
 def test_methods_and_networks_are_named_as_the_paper_names_them(run):
     out, content = run("base.pt idsnn.pt init.pt r.pt --recorded")
-    assert [row["method"] for row in content["comparison"]] == ["baseline", "init+KD", "init", "ANN"]
-    assert [row["network"] for row in content["comparison"]] == 3 * ["SNN-18/4"] + ["ResNet-18/4"]
-    assert [row["epochs"] for row in content["comparison"]] == [1, 2, 0, 1]
+    rows = content["comparison"]
+    assert [row["method"] for row in rows] == ["baseline", "init+KD", "init", "ANN"]
+    assert [row["network"] for row in rows] == 3 * ["SNN-18/4"] + ["ResNet-18/4"]
+    assert [row["epochs"] for row in rows] == [1, 2, 0, 1]
     assert "steps" not in content["runs"][0] and widest(out) <= 80
 
 
@@ -338,8 +339,11 @@ def test_json_has_no_nan(run, trained):
 def test_a_console_that_lacks_a_character_loses_nothing(run, trained, monkeypatch, encoding):
     shutil.copy("idsnn.pt", "\N{MICRO SIGN}\N{GRINNING FACE}.pt")
     screen = io.BytesIO()
+    command = "eval.py \N{MICRO SIGN}\N{GRINNING FACE}.pt --T 1 --device cpu --json kept.json"
+    monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding))
-    stage4.main("\N{MICRO SIGN}\N{GRINNING FACE}.pt --T 1 --device cpu --json kept.json".split())
+    monkeypatch.setattr(train_teacher.signal, "signal", lambda *args: None)
+    train_teacher.run_script(stage4.main)  # as the script is entered
     sys.stdout.flush()
     assert json.loads((trained / "kept.json").read_text())["runs"][0]["steps"]
     assert b"??" in screen.getvalue() and b"worst classes" in screen.getvalue()
@@ -566,7 +570,7 @@ def test_nir_refuses_what_it_would_lose(tmp_path):
 
 def test_nir_export_of_a_trained_network(run, trained):
     nir = pytest.importorskip("nir")
-    out, content = run("idsnn.pt --precision fp64 --export nir idsnn.nir")
+    out, content = run("idsnn.pt --T 5 --precision fp64 --export nir idsnn.nir")
     graph = nir.read(trained / "idsnn.nir")
-    assert graph.metadata["T"] == 2 and graph.nodes["conv1"].weight.dtype == np.float64
+    assert graph.metadata["T"] == 5 and graph.nodes["conv1"].weight.dtype == np.float64
     assert "idsnn.nir" in out and "mean of `output`" in out and "steps" not in content["runs"][0]
