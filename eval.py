@@ -42,7 +42,7 @@ from torch import nn
 
 from train_idsnn import PAPER, warn
 from train_teacher import PAPER as TEACHER
-from train_teacher import (BasicBlock, Bottleneck, Parser, ResNet, device_name, fail, init_distributed, load_checkpoint, load_data,
+from train_teacher import (BasicBlock, Bottleneck, Parser, ResNet, check_classes, device_name, fail, init_distributed, load_checkpoint, load_data,
                            number, run, set_precision, sha256_file)
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
 
@@ -223,6 +223,7 @@ def open_data(r, args, cache, device, dtype):
     for has, what, key in ((len(data.classes), "classes", "num_classes"), (data.shape[0], "channels", "in_channels")):
         if has != r["arch"][key]:
             fail(f"argument --dataset: {name} has {has} {what}, the network in {r['file']} {r['arch'][key]}")
+    check_classes(data.classes, r["data"], "network", r["file"])
     r["evaluated_on"] = data.describe()
     if r["data"]:
         data.mean, data.std = r["data"]["mean"], r["data"]["std"]
@@ -250,7 +251,7 @@ def evaluate(r, checkpoint, data, steps, args, device, dtype, autocast, console)
     for start in track(starts, r["file"], console=console, transient=True, disable=not console.is_terminal):
         scores, y = forward(start), data.test_y[start: start + args.batch_size]
         for t in range(T):
-            mean = scores[: t + 1].mean(0).double()
+            mean = scores[: t + 1].to(dtype).mean(0).double()
             sums[t] += torch.stack([(mean.argmax(1) == y).sum(), F.cross_entropy(mean, y, reduction="sum")])
     layers, sums = counters.read(), (sums / len(data.test_y)).tolist()
 

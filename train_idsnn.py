@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from kernels.lif import choose_impl
 import train_teacher
-from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, batches, check_finite, claim, describe_run, earlier_run,
+from train_teacher import (Log, Parser, ResNet, add_training_flags, averaged, batches, check_classes, check_finite, claim, describe_run, earlier_run,
                            epoch_means, evaluate, fail, fill_defaults, init_distributed, learning_rate, load_checkpoint, load_data,
                            make_checkpoint, memory_format, number, parallel, rank, restore, resume_state, run, run_identity,
                            set_precision, sha256_file, show_defaults, weights, world_size)
@@ -116,7 +116,7 @@ def main(argv=None):
     device = init_distributed(args)
     precision, dtype, autocast, scaler = set_precision(args, device)
 
-    teacher = None
+    teacher = checkpoint = None
     if not args.no_kd:
         recorded = init["provenance"]["parents"]["teacher"]
         path = args.teacher or recorded["path"]
@@ -134,6 +134,7 @@ def main(argv=None):
         if (sizes["num_classes"], sizes["in_channels"]) != (len(data.classes), data.shape[0]):
             fail(f"the {who} in {path} is for {sizes['num_classes']} classes and {sizes['in_channels']} channels, "
                  f"{args.dataset} has {len(data.classes)} and {data.shape[0]}: {remedy}")
+        check_classes(data.classes, (checkpoint if who == "teacher" else init)["data"], who, path)
     if args.batch_size > len(data.train_y):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
     steps = len(data.train_y) // args.batch_size
@@ -196,7 +197,7 @@ def main(argv=None):
 
             product.eval()
             with autocast:
-                test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).mean(0), data)
+                test_acc, test_loss = evaluate(lambda x, start: product(product.encode(x, data, noise(0, start))).to(dtype).mean(0), data)
             check_finite(product, (loss, test_loss), args, epoch)
             rates = firing.read()
             history.append(dict(epoch=epoch + 1, loss=loss, **dict(zip(parts, means)), train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,

@@ -83,7 +83,7 @@ def add_training_flags(p, recipes, digits, out):
     p.add_argument("--aug", choices=["basic", "strong"], help=f"basic: crop and flip; strong: CutMix on half of the images too {by_recipe('aug')}")
     p.add_argument("--crop-padding", type=number(int, 0, 256), help=f"zero pixels around an image before the random crop {by_recipe('crop_padding')}")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help=f"mirror half of the training images {by_recipe('flip')}")
-    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"], help="auto: on a GPU bf16 (fp16 where it has none), else fp32")
+    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"], help="auto: bf16 where the GPU or the processor multiplies it; else fp16 on a GPU, fp32 on a CPU")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
     p.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, at some cost in speed")
@@ -192,8 +192,8 @@ def load_data(dataset, data_dir):
                  f"{source.url} there, or give --dataset digits, or a folder of images", 1)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and dist.is_initialized():
             dist.barrier()
-        return Images(dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
-                      torch.from_numpy(test.data), torch.tensor(test.targets))
+        pixels = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))  # CIFAR10.data is a transposed view
+        return Images(dataset, train.classes, next(pixels), torch.tensor(train.targets), next(pixels), torch.tensor(test.targets))
     try:
         return load_folder(Path(dataset), Path(data_dir))
     except ValueError as error:
@@ -413,9 +413,6 @@ class ResNet(nn.Module):
                 c_in = c * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(c_in, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x):
         """Stem's activations (B, width, H, W) -> (B, features)."""
@@ -424,6 +421,14 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         return self.fc(self.features(self.bn1(self.conv1(x))))
+
+
+def kaiming_(model):
+    """He et al. 2015, for the ReLU of the teacher; the student's convolutions keep PyTorch's default, as in the authors' code."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -460,7 +465,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     stem = args.stem if args.stem != "auto" else "3x3" if max(data.shape[1:]) <= 64 else "7x7"
     arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0], width=args.width, stem=stem)
-    model = ResNet(**arch).to(device, dtype, memory_format=layout)
+    model = kaiming_(ResNet(**arch)).to(device, dtype, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
                                 weight_decay=args.weight_decay, fused=device.type == "cuda")
     product, follow = averaged(model, args, steps)
@@ -599,15 +604,24 @@ def set_precision(args, device):
     """(dtype of the parameters, autocast context, gradient scaler) for --precision; also the flags of cuDNN."""
     precision = args.precision
     if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        gpu_has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if gpu_has or device.type == "cpu" and cpu_multiplies_bf16() else "fp16" if device.type == "cuda" else "fp32"
+    args.precision = precision  # what auto meant here belongs to the run's identity
     torch.backends.cudnn.benchmark = not args.deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     autocast = torch.autocast(device.type, half) if half else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return precision, torch.float64 if precision == "fp64" else torch.float32, autocast, scaler
+
+
+def cpu_multiplies_bf16():
+    """Whether this processor has bf16 instructions (AVX512_BF16, AMX): 1.5 to 2 times as fast as fp32; emulated, bf16 is slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def memory_format(device, width):
@@ -714,6 +728,14 @@ def load_checkpoint(path, stage=None, bare=False, remedy="copy or make it again"
     if checkpoint["stage"] not in ([stage] if stage else STAGES):
         fail(f"{path} was made by {STAGES.get(checkpoint['stage'], checkpoint['stage'])}, needed is {wanted}: {remedy}")
     return checkpoint
+
+
+def check_classes(classes, described, who, path):
+    """End the run where `described`, the `data` of a checkpoint, names other classes, or the same ones in another order."""
+    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
+    for i, (ours, theirs) in enumerate(zip(classes, known)):
+        if ours != theirs:
+            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: their labels mean different things")
 
 
 def sha256_file(path):

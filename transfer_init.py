@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from kernels import bn_lif
-from train_teacher import (DEPTHS, BasicBlock, BatchNorm2d, Bottleneck, Parser, ResNet, earlier_run, fail, folder_classes, image,
+from train_teacher import (DEPTHS, BasicBlock, BatchNorm2d, Bottleneck, Parser, ResNet, check_classes, earlier_run, fail, folder_classes, image,
                            load_checkpoint, make_checkpoint, number, run, run_identity, save_checkpoint, sha256_file, weights, world_size)
 
 
@@ -103,7 +103,7 @@ SEW = {BasicBlock: SEWBasicBlock, Bottleneck: SEWBottleneck}
 class SpikingResNet(ResNet):
     """The teacher's ResNet with LIF neurons in place of ReLU, under the same parameter names (paper, section 3.2.1).
 
-    Fresh, it is the authors' baseline: Kaiming convolutions, batch-norm weights equal to v_th (tdBN).
+    Fresh, it is the authors' baseline: PyTorch's default for convolutions, batch-norm weights equal to v_th (tdBN).
     """
 
     def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3", block="basic", encoder="direct",
@@ -209,6 +209,11 @@ def describe_dataset(dataset):
     return len(classes), (3 if pixels.ndim == 3 else 1, *pixels.shape[:2])
 
 
+def class_names(dataset):
+    """The class names of --dataset, in order; None where they are known only with the data at hand (CIFAR's)."""
+    return [str(d) for d in range(10)] if dataset == "digits" else None if dataset in BUILT_IN else folder_classes(Path(dataset))
+
+
 def main(argv=None):
     args = parse_args(argv)
     teacher = load_checkpoint(args.src, "teacher", bare=True)
@@ -217,7 +222,7 @@ def main(argv=None):
     earlier_run(args, "init", identity)
 
     # what the student inherits, and what --dataset says where the teacher's file is silent
-    known = teacher.get("arch", {})
+    known, described, elsewhere = teacher.get("arch", {}), teacher.get("data"), args.dataset is not None
     if not known or args.dataset:
         args.dataset = args.dataset or "cifar100"
         classes, shape = describe_dataset(args.dataset)
@@ -230,6 +235,12 @@ def main(argv=None):
 
     if args.classifier == "transfer" and (taught := len(teacher["model"].get("fc.weight", []))) != arch["num_classes"]:
         fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} knows {taught}, {args.dataset} has {arch['num_classes']}")
+
+    if described and elsewhere:  # the student's labels are those of --dataset
+        names = class_names(args.dataset)
+        if args.classifier == "transfer" and names:
+            check_classes(names, described, "teacher", args.src)
+        described = described if described["name"] == args.dataset and names is None else dict(name=args.dataset, classes=names)
 
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
@@ -245,7 +256,7 @@ def main(argv=None):
         table.add_row(*row)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    save_checkpoint(args.out, make_checkpoint("init", arch, weights(student), args, identity, data=teacher.get("data"), parents=parents))
+    save_checkpoint(args.out, make_checkpoint("init", arch, weights(student), args, identity, data=described, parents=parents))
     count = lambda fresh: sum(p.numel() for name, p in student.named_parameters() if (name.rpartition(".")[0] in fresh))
     fresh = {layer for layer, _, how in rows if how == "fresh"}
     total = sum(p.numel() for p in student.parameters())

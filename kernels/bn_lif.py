@@ -30,7 +30,7 @@ over chunks, programs and ranks, always in the same order: no atomics, so a run 
 import torch
 
 from kernels.lif import (backward_full_torch, backward_torch, check_neuron, choose_impl, forward_torch, lif_reference,
-                         triton)
+                         refuse_forward_mode, refuse_second_derivative, triton)
 
 if triton is not None:
     import triton.language as tl
@@ -507,7 +507,7 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, g, *_):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        raise RuntimeError("bn_lif has no second derivative: take its gradient without create_graph=True")
+        refuse_second_derivative("bn_lif")
     grads = [None] * 11
     if g is None:
         return tuple(grads)
@@ -526,7 +526,16 @@ def _autograd(ctx, g, *_):
     return tuple(grads)
 
 
+def _traced_without_gradient(ctx, *_):
+    raise RuntimeError("bn_lif was traced without a gradient and saved nothing for one: trace it with an x that requires a "
+                       "gradient, or use batch norm and lif")
+
+
 _train.register_autograd(_autograd, setup_context=_setup)
+_infer.register_autograd(_traced_without_gradient)
+
+for _op in (_stats, _infer, _train, _reduce, _backward):
+    refuse_forward_mode(_op)
 
 
 # ---------------------------------------------------------------------------------------------- what users call
@@ -580,6 +589,8 @@ def bn_lif(x, weight, bias, residual=None, mean=None, var=None, *, T=None, eps=1
     for name, vector in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
         if vector is not None and vector.shape != (C,):
             raise ValueError(f"{name} must be ({C},), one value a channel, not {tuple(vector.shape)}")
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("bn_lif does not go through torch.func (vmap, grad, vjp, jvp): batch norm and lif do")
     constants = [float(eps), *check_neuron(decay, v_th, lens)]
     impl = choose_impl(x, T, impl)
 

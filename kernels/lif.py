@@ -266,14 +266,18 @@ def _launch(kernel, block, x, *args, **flags):
 
 
 # ---------------------------------------------------------------------------------------------- operators
-# functional, so that torch.compile may reorder them; idsnn::lif alone serves inference and the plain derivative.
+# functional, so that torch.compile may reorder them. idsnn::lif is all that a trace without gradients, vmap and
+# torch.func see: its derivative computes anew what it needs. idsnn::lif_train keeps the bits, where x requires a
+# gradient at the call.
 
 def _step(x):
     return int(x.stride(0) != 0)  # 0: one plane, the same current each step
 
 
 @torch.library.custom_op("idsnn::lif", mutates_args=())
-def _lif(x: torch.Tensor, decay: float, v_th: float, lens: float, impl: str) -> torch.Tensor:
+def _lif(x: torch.Tensor, decay: float, v_th: float, lens: float, detach_reset: bool,
+         impl: str) -> torch.Tensor:
+    """Spikes alone; detach_reset is for the derivative, which is taken later or never."""
     spikes = planes_like(x, x.shape[0])
     X, F = flat(x), flat(spikes)
     if impl == "torch":
@@ -323,7 +327,7 @@ def _lif_backward_full(g: torch.Tensor, x: torch.Tensor, decay: float, v_th: flo
 
 
 @_lif.register_fake
-def _(x, decay, v_th, lens, impl):
+def _(x, decay, v_th, lens, detach_reset, impl):
     return planes_like(x, x.shape[0])
 
 
@@ -347,24 +351,112 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(output[1] if isinstance(output, tuple) else x)
 
 
-def _once():
-    if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        raise RuntimeError("lif has no second derivative: take its gradient without create_graph=True")
+def _gradient(g, x, decay, v_th, lens, detach_reset, impl):
+    """dX from x alone: the bits, if the reset is detached, are computed anew."""
+    if not detach_reset:
+        return _lif_backward_full(g, x, decay, v_th, lens, impl)
+    _, bits = _lif_train(x, decay, v_th, lens, impl)
+    return _lif_backward(g, bits, decay, lens, impl)
+
+
+def refuse_second_derivative(name):
+    raise RuntimeError(f"{name} has no second derivative: take its gradient without create_graph=True")
 
 
 def _backward(ctx, g):
-    _once()
-    return _lif_backward_full(g, *ctx.saved_tensors, *ctx.args), None, None, None, None
+    if torch.is_grad_enabled():  # true in a backward only with create_graph=True
+        refuse_second_derivative("lif")
+    return _gradient(g, *ctx.saved_tensors, *ctx.args), None, None, None, None, None
 
 
 def _backward_train(ctx, g, _):
-    _once()
+    if torch.is_grad_enabled():
+        refuse_second_derivative("lif")
     decay, v_th, lens, impl = ctx.args
     return _lif_backward(g, *ctx.saved_tensors, decay, lens, impl), None, None, None, None
 
 
 _lif.register_autograd(_backward, setup_context=_save)
 _lif_train.register_autograd(_backward_train, setup_context=_save)
+
+
+def over_batches(function):
+    """The vmap rule of a function of (T, ...) tensors: one more dimension behind T; neurons are independent."""
+    def rule(info, in_dims, *args):
+        def behind_T(arg, d):
+            if not isinstance(arg, torch.Tensor):
+                return arg
+            if d is None:  # the same for the whole batch
+                return arg.unsqueeze(1).expand(len(arg), info.batch_size, *arg.shape[1:])
+            return arg.movedim(d, 1)  # (T, batch, ...)
+        out = function(*map(behind_T, args, in_dims))
+        return out, (1, 1) if isinstance(out, tuple) else 1
+    return rule
+
+
+NO_FORWARD_MODE = ("{} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): "
+                   "use torch.func.vjp or jacrev, or lif_reference with torch.autograd.functional.jvp")
+_library = torch.library.Library("idsnn", "FRAGMENT")
+
+
+def refuse_forward_mode(op):
+    """Raise where an operator gets a tangent, which its autograd formula would drop: the answer would be zeros.
+
+    The key is the last one at which forward-mode AD can still be seen.
+    """
+    overload, functorch = op._opoverload, torch._C._functorch
+
+    def kernel(keyset, *args):
+        transform = functorch.peek_interpreter_stack()  # None outside of torch.func
+        in_jvp = transform is not None and transform.key() == functorch.TransformType.Jvp
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and (in_jvp and functorch.is_gradtrackingtensor(arg) or
+                                                  torch.autograd.forward_ad.unpack_dual(arg).tangent is not None):
+                raise NotImplementedError(NO_FORWARD_MODE.format(overload._opname.split("_backward")[0]))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(overload._opname, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+for _op in (_lif, _lif_train, _lif_backward, _lif_backward_full):
+    _op.register_vmap(over_batches(_op))
+    refuse_forward_mode(_op)
+
+
+class _Gradient(torch.autograd.Function):
+    """dX for torch.func, which always asks for a graph of the backward: this one cannot be followed further."""
+    forward = staticmethod(_gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_second_derivative("lif")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format("lif"))
+
+
+class _Transformed(torch.autograd.Function):
+    """idsnn::lif for torch.func: its grad, vjp and jacrev don't take an operator's own autograd formula."""
+    setup_context = staticmethod(_save)
+    jvp = _Gradient.jvp
+
+    @staticmethod
+    def forward(x, *args):
+        return _lif(x, *args)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Gradient.apply(g, *ctx.saved_tensors, *ctx.args), None, None, None, None, None
+
+
+for _function in (_Gradient, _Transformed):
+    _function.vmap = staticmethod(over_batches(_function.apply))
 
 
 # ---------------------------------------------------------------------------------------------- what users call
@@ -391,6 +483,10 @@ def choose_impl(x, T, impl):
 
 def check_neuron(decay, v_th, lens):
     """The neuron's constants as floats; raises where one is out of range."""
+    for name, value in (("decay", decay), ("v_th", v_th), ("lens", lens)):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise TypeError(f"{name} requires a gradient, but lif has none for its constants: give "
+                            f"{name}.item(), or differentiate kernels.lif.lif_reference")
     decay, v_th, lens = float(decay), float(v_th), float(lens)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in 0 to 1, not {decay}")
@@ -422,7 +518,10 @@ def lif(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True, impl=None):
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
     if x.dim() == 0 or x.shape[0] == 0:
         raise ValueError(f"x must be (T, ...) with T >= 1, not {tuple(x.shape)}")
-    args = *check_neuron(decay, v_th, lens), choose_impl(x, x.shape[0], impl)
+    neuron, impl = check_neuron(decay, v_th, lens), choose_impl(x, x.shape[0], impl)
+    args = *neuron, bool(detach_reset), impl
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(x, *args)
     if detach_reset and torch.is_grad_enabled() and x.requires_grad:
-        return _lif_train(x, *args)[0]
+        return _lif_train(x, *neuron, impl)[0]
     return _lif(x, *args)

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.bn_lif import bn_lif, bn_lif_reference
 from kernels.lif import lif_reference, triton
@@ -346,6 +347,25 @@ def test_second_derivative_is_refused(impl):
     spikes = bn_lif(x, weight, bias, impl=impl)[0]
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(spikes, x, g, create_graph=True)
+
+
+@both
+def test_no_derivative_is_a_silent_zero(impl):
+    """Forward mode, torch.func, and a trace that saved nothing for a backward."""
+    x, weight, bias, residual, _ = (t if t is None else t.detach() for t in inputs(4, 2, 5, 4, 4))
+
+    def f(x):
+        return bn_lif(x, weight, bias, impl=impl)[0]
+
+    for transform in (lambda: torch.func.vmap(f, 1, 1)(x.unsqueeze(1)), lambda: torch.func.jvp(f, (x,), (x,)),
+                      lambda: torch.func.grad(lambda x: f(x).sum())(x)):
+        with pytest.raises(NotImplementedError, match="torch.func"):
+            transform()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        f(torch.autograd.forward_ad.make_dual(x, x))
+    traced = make_fx(f)(x)
+    with pytest.raises(RuntimeError, match="traced without a gradient"):
+        traced(x.requires_grad_()).sum().backward()
 
 
 @both

@@ -171,3 +171,27 @@ def test_every_command_of_the_readme_is_understood():
         args = importlib.import_module(script).parse_args(re.sub(r"--plot \S+", "", flags).split())  # which needs matplotlib
         if script == "train_idsnn":
             train_teacher.fill_defaults(args, train_idsnn.RECIPES, train_idsnn.DIGITS)
+
+
+@pytest.fixture
+def renamed(tmp_path, monkeypatch):
+    """A teacher and an initialised student of classes cat, dog, owl, and the same images with another order of the names."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "set", size=(8, 8))
+    train_teacher.main("--dataset set --width 2 --depth 18 --epochs 1 --batch-size 4 --device cpu".split())
+    transfer_init.main("--src r34.pt --T 2".split())
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "cat").rename(tmp_path / "set" / split / "yak")
+
+
+@pytest.mark.parametrize("command", [
+    lambda: train_idsnn.main("--epochs 1 --batch-size 4 --device cpu".split()),
+    lambda: train_idsnn.main("--epochs 1 --batch-size 4 --device cpu --no-kd".split()),
+    lambda: transfer_init.main("--src r34.pt --dataset set --classifier transfer --out other.pt".split()),
+    lambda: importlib.import_module("eval").main("r34.pt --device cpu".split())])
+def test_labels_that_mean_something_else_are_refused(renamed, capsys, command):
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "knows class 0 as 'cat', the data set as 'dog'" in error and error.count("\n") == 1

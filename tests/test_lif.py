@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 K = importlib.import_module("kernels.lif")  # kernels.lif is the function
 lif, lif_reference = K.lif, K.lif_reference
@@ -267,7 +268,8 @@ def test_double_backward_is_refused(impl, detach_reset):
 def test_opcheck(impl):
     x = LAYOUTS["channels-last"](current(5, 2, 3, 4, 3))
     bits = torch.randint(0, 256, (2, 2, 3, 4, 3), dtype=torch.uint8, device=DEVICE)
-    for op, args in ((K._lif, (x.requires_grad_(), 0.25, 0.5, 0.5, impl)), (K._lif_train, (x, 0.25, 0.5, 0.5, impl)),
+    for op, args in ((K._lif, (x.requires_grad_(), 0.25, 0.5, 0.5, True, impl)),
+                     (K._lif, (x, 0.25, 0.5, 0.5, False, impl)), (K._lif_train, (x, 0.25, 0.5, 0.5, impl)),
                      (K._lif_backward, (x.detach(), bits, 0.25, 0.5, impl)),
                      (K._lif_backward_full, (x.detach(), x.detach(), 0.25, 0.5, 0.5, impl))):
         torch.library.opcheck(op, args)
@@ -302,6 +304,103 @@ def test_autocast(impl):
     assert current_.dtype == spikes.dtype == torch.bfloat16
     spikes.float().sum().backward()
     assert layer.weight.grad.abs().sum() > 0
+
+
+# X, and the gradient of the spikes' sum by hand: dX[t] = w[t] + dX[t+1] * decay * (1 - F[t]), w = 1, 1, 1, F = 1, 0, 0
+LATER_X = [[0.75], [0.4], [0.4]]
+LATER_DX = [[1.0], [1.25], [1.0]]
+BATCH = dict(in_dims=1, out_dims=1)
+
+
+def exported(f, x):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return f(x)
+    return torch.export.export(Module(), (x,)).module()
+
+
+def without_gradients(trace):
+    def traced(f, x):
+        with torch.no_grad():
+            return trace(f, x)
+    return traced
+
+
+LATER = {  # ways to a function that meets an x without a gradient first, and is differentiated then
+    "vmap": lambda f, x: torch.func.vmap(f, **BATCH),
+    "vmap over the last": lambda f, x: lambda x: torch.func.vmap(f, -1, -1)(x),
+    "make_fx": lambda f, x: make_fx(f)(x),
+    "export": exported,
+    "export without gradients": without_gradients(exported),
+    "jit": torch.jit.trace,
+    "vmap of a trace": lambda f, x: torch.func.vmap(exported(f, x[:, 0]), **BATCH),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("way", LATER)
+def test_derivative_of_a_function_traced_without_one(way, impl):
+    x = torch.tensor(LATER_X, device=DEVICE)
+    later = LATER[way](lambda x: lif(x, impl=impl), x)
+    x.requires_grad_()
+    later(x).sum().backward()
+    assert x.grad.tolist() == LATER_DX
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_torch_func(impl):
+    func, x = torch.func, torch.tensor(LATER_X, device=DEVICE)
+
+    def loss(x):
+        return lif(x, impl=impl).sum()
+
+    assert func.grad(loss)(x).tolist() == LATER_DX
+    assert func.vjp(lambda x: lif(x, impl=impl), x)[1](torch.ones_like(x))[0].tolist() == LATER_DX
+    assert func.vmap(func.grad(loss), **BATCH)(x).tolist() == LATER_DX
+    assert func.grad(lambda x: func.vmap(lambda x: lif(x, impl=impl), **BATCH)(x).sum())(x).tolist() == LATER_DX
+    jacobian = func.jacrev(lambda x: lif(x, impl=impl))(x)[:, 0, :, 0]
+    assert jacobian.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0.25, 1]]
+    with pytest.raises(RuntimeError, match="second derivative"):
+        func.grad(lambda x: func.grad(loss)(x).sum())(x)
+    x = current(5, 6, 7)
+    g = current(5, 6, 7, seed=1)
+    for detach_reset in (True, False):  # per sample, against all at once
+        def f(x):
+            return lif(x, **ODD, detach_reset=detach_reset, impl=impl)
+        expect, = func.vjp(f, x)[1](g)
+        y = x.clone().requires_grad_()
+        assert torch.equal(expect, torch.autograd.grad(f(y), y, g)[0])
+        one = func.vmap(lambda x, g: func.vjp(f, x)[1](g)[0], 2, 2)(x, g)
+        assert torch.equal(one, expect)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_forward_mode_is_refused(impl, detach_reset):
+    """Its answer was zeros."""
+    def f(x):
+        return lif(x, detach_reset=detach_reset, impl=impl)
+    x, forward_ad = torch.tensor(LATER_X, device=DEVICE), torch.autograd.forward_ad
+    for g in (f, make_fx(f)(x), torch.func.vmap(f, **BATCH)):
+        with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+            torch.func.jvp(g, (x,), (x,))
+        with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+            torch.func.jacfwd(g)(x)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+            g(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        f(forward_ad.make_dual(x.requires_grad_(), x))
+
+
+@pytest.mark.parametrize("name", ["decay", "v_th", "lens"])
+def test_constants_that_want_a_gradient_are_refused(name):
+    x, constant = current(3, 4), torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(TypeError, match=f"{name} requires a gradient"):
+        lif(x, **{name: constant})
+    assert torch.equal(lif(x, **{name: constant.detach()}), lif(x, **{name: 0.5}))
 
 
 def test_default_picks_the_path_of_the_device(device):

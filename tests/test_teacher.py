@@ -275,3 +275,27 @@ def test_profile_of_a_gpu_counts_its_kernels_once():
                                                   (pytest.approx(3.97), "nothing computes: Python, or waiting")]
     assert shares(events, 2.0, 1, gpu=False) == [(1.0, "aten::conv, 20 calls"), (0.5, "aten::add, 20 calls"),
                                                  (0, "what takes less than 1% each"), (0.5, "nothing computes: Python, or waiting")]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_is_what_the_processor_multiplies(native, monkeypatch):
+    monkeypatch.setattr(train_teacher, "cpu_multiplies_bf16", lambda: native)
+    args = train_teacher.parse_args([])
+    precision, dtype, _, _ = train_teacher.set_precision(args, torch.device("cpu"))
+    assert args.precision == precision == ("bf16" if native else "fp32") and dtype == torch.float32
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_run_resumed_under_another_precision_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_teacher, "SAVE_EVERY", -1)
+    command = "--dataset digits --width 2 --depth 18 --epochs 2 --device cpu".split()
+    monkeypatch.setattr(train_teacher, "cpu_multiplies_bf16", lambda: False)
+    finish = train_teacher.Log.finish
+    monkeypatch.setattr(train_teacher.Log, "finish", lambda *args: None)  # leaves <out>.last behind
+    train_teacher.main(command)
+    monkeypatch.setattr(train_teacher.Log, "finish", finish)
+    monkeypatch.setattr(train_teacher, "cpu_multiplies_bf16", lambda: True)
+    with pytest.raises(SystemExit):
+        train_teacher.main(command)
+    assert "--precision was fp32, is bf16" in capsys.readouterr().err

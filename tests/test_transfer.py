@@ -212,3 +212,18 @@ def test_student_inherits_and_flags_override(tmp_path, monkeypatch):
     transfer_init.main(["--src", "r34.pt", "--out", "wide.pt", "--width", "5", "--T", "6", "--v-th", "1", "--block", "sew", "--depth", "34", "--no-detach-reset"])
     wide = load_checkpoint("wide.pt", "init")["arch"]
     assert (wide["width"], wide["T"], wide["v_th"], wide["block"], wide["depth"], wide["detach_reset"]) == (5, 6, 1.0, "sew", 34, False)
+
+
+def test_what_stays_fresh_starts_from_pytorchs_default():
+    torch.manual_seed(0)
+    student = SpikingResNet(18, num_classes=4)
+    weight = student.layer2[0].conv2.weight  # Kaiming uniform with a = sqrt(5): uniform within 1/sqrt(fan-in)
+    bound = (weight.shape[1] * 9) ** -0.5
+    assert bound * 0.99 < weight.abs().max() <= bound and abs(weight.std() / (bound / 3 ** 0.5) - 1) < 0.01
+    assert torch.equal(student.layer2[0].bn2.weight, torch.full((128,), 0.5))
+
+
+def test_the_teacher_starts_from_kaiming():
+    torch.manual_seed(0)
+    weight = train_teacher.kaiming_(train_teacher.ResNet(18)).layer2[0].conv2.weight
+    assert abs(weight.std() / (2 / (128 * 9)) ** 0.5 - 1) < 0.01
