@@ -1,13 +1,21 @@
-"""Stage 2: build the Spiking ResNet and fill it from the teacher (paper, section 3.2)  ->  snn_init.pt
+"""Stage 2: the Spiking ResNet, filled from the teacher (paper, section 3.2)  ->  snn_init.pt
 
-    python transfer_init.py --src r34.pt                          # Spiking ResNet-18, T = 4, of the teacher's width
-    python transfer_init.py --src r34.pt --block sew --T 6        # Spike-Element-Wise blocks, six time-steps
-    python transfer_init.py --src resnet34.pth --dataset cifar10  # torchvision's or timm's ResNet weights
+    python transfer_init.py --src r34.pt                           # Spiking ResNet-18, T = 4
+    python transfer_init.py --src r34.pt --block sew --T 6         # SEW blocks, six time-steps
+    python transfer_init.py --src resnet34.pth --dataset cifar10   # torchvision's or timm's weights
 
-From top to bottom: the flags, the spiking network, the transfer, main().
+From top to bottom: the neuron, the flags, the spiking network, the transfer, the files that the
+teacher's weights may come in, main().
 """
 import argparse
-from dataclasses import dataclass
+import json
+import math
+import os
+import re
+import shlex
+import struct
+import zipfile
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,55 +26,119 @@ from rich.table import Table
 from torch import nn
 
 from kernels import bn_lif
-from train_teacher import (DEPTHS, BasicBlock, BatchNorm2d, Bottleneck, Parser, ResNet, check_classes, earlier_run, fail, folder_classes, image,
-                           load_checkpoint, make_checkpoint, number, run, run_identity, save_checkpoint, sha256_file, weights, world_size)
+from train_teacher import (
+    DEPTHS,
+    BasicBlock,
+    BatchNorm2d,
+    Bottleneck,
+    Parser,
+    ResNet,
+    check_classes,
+    earlier_run,
+    fail,
+    folder_classes,
+    image,
+    load_checkpoint,
+    make_checkpoint,
+    number,
+    read,
+    run,
+    run_identity,
+    save_checkpoint,
+    sha256_file,
+    world_size,
+)
 
 
-def parse_args(argv=None):
-    p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
-    p.add_argument("--src", required=True, help="the teacher: a checkpoint of train_teacher.py, or a ResNet's bare state dict")
-    p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS, help="layers of the Spiking ResNet (default 18)")
-    p.add_argument("--width", type=number(int, 1, 4096), help="channels of its first stage (default: the teacher's)")
-    p.add_argument("--block", default="basic", choices=["basic", "sew"], help="basic: LIF after the residual add (Fig. 1b, default); sew: before it (Fig. 1c)")
-    p.add_argument("--block-map", default="spread", choices=["spread", "first"], help="which teacher block fills block j of a stage: at its relative position (the paper's text, default), or block min(j, n-1) (the authors' code)")
-    p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"], help="downsampling shortcuts: transferred (default), or left fresh as in the authors' code")
-    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"], help="fully connected layer: fresh, as in the paper (default), or the teacher's")
-    p.add_argument("--encoder", default="direct", choices=["direct", "poisson"], help="the image as current at every step (default), or spikes of probability pixel/255 (Algorithm 1)")
-    p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: the teacher's, or by the image size of --dataset")
-    add_neuron_flags(p, T=4, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True)
-    p.add_argument("--dataset", help="data the network is meant for (default: the teacher's; cifar100 for a bare state dict)")
-    p.add_argument("--seed", type=number(int, 0, 99999), default=0, help="of whatever stays fresh (default 0)")
-    p.add_argument("--out", default="snn_init.pt", help="checkpoint to write (default snn_init.pt)")
-    p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
-    return p.parse_args(argv)
-
-
-def add_neuron_flags(p, T, decay, v_th, lens, detach_reset):
-    """Time-steps and constants of the neuron; defaults of None mean: inherited."""
-    default = lambda value: "(default: as in --init)" if value is None else f"(default {value})"
-    p.add_argument("--T", type=number(int, 1, 32), default=T, help=f"time-steps {default(T)}")
-    p.add_argument("--decay", type=number(float, 0, 1), default=decay, help=f"share of the potential that a step keeps, exp(-1/tau) of eq. 2 {default(decay)}")
-    p.add_argument("--v-th", type=number(float, 0, 1e3, above=True), default=v_th, help=f"firing threshold, eq. 3 {default(v_th)}")
-    p.add_argument("--lens", type=number(float, 0, 1e3, above=True), default=lens, help=f"half-width of the surrogate's window around it, eq. 4 {default(lens)}")
-    p.add_argument("--detach-reset", default=detach_reset, action=argparse.BooleanOptionalAction, help=f"no gradient through the reset, as in the authors' code {default(detach_reset)}")
-
-
-# ---------------------------------------------------------------------------------------- spiking network
+# --------------------------------------------------------------------------------------- neuron
 @dataclass
 class Neuron:
-    """The LIF neuron of eq. 2-4: one object shared by all layers of a network, so that `net.neuron.T = 8` reaches all."""
-    T: int = 4
-    decay: float = 0.25
-    v_th: float = 0.5
-    lens: float = 0.5
-    detach_reset: bool = True
+    """The LIF neuron of eq. 2 to 4, with the constants of the authors' released code.
+
+    One object is shared by all layers of a network: `net.neuron.T = 8` reaches them all.
+    """
+    T: int = 4                  # time-steps
+    decay: float = 0.25         # share of the potential that a step keeps: exp(-1/tau), tau = 0.72
+    v_th: float = 0.5           # firing threshold; batch-norm weights start there too (tdBN)
+    lens: float = 0.5           # half-width of the surrogate's window around it, 1/(2*lens) high
+    detach_reset: bool = True   # their reset has no gradient
 
 
+# ---------------------------------------------------------------------------------------- flags
+def parse_args(argv=None):
+    """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
+    the defaults, and --help shows them."""
+    first = Parser(add_help=False)
+    first.add_argument("--src")
+    src = first.parse_known_args(argv)[0].src
+    teacher = None
+    width = dataset = "the teacher's"  # for --help alone, where there is no file to ask
+    if src and os.path.isfile(src):
+        teacher = load_teacher(src)
+        width = teacher["arch"]["width"]
+        dataset = teacher["config"].get("dataset", "cifar100")
+
+    p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
+    p.add_argument("--src", required=True,
+                   help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
+                        "under torchvision's names, of torch.save or safetensors")
+    p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
+                   help="layers of the Spiking ResNet (default 18)")
+    p.add_argument("--width", type=number(int, 1, 4096), default=teacher and width,
+                   help=f"channels of its first stage (default: {width})")
+    p.add_argument("--block", default="basic", choices=["basic", "sew"],
+                   help="basic: LIF after the residual add (Fig. 1b, default); sew: before it "
+                        "(Fig. 1c)")
+    p.add_argument("--block-map", default="spread", choices=["spread", "first"],
+                   help="the teacher's block for block j of a stage: at its relative position (the "
+                        "paper's text, default), or block min(j, n-1) (the authors' code)")
+    p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"],
+                   help="downsampling shortcuts: transferred (default), or left fresh as in the "
+                        "authors' code")
+    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
+                   help="fully connected layer: fresh, as in the paper (default), or the teacher's")
+    p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
+                   help="the image as current at every step (default), or spikes of probability "
+                        "pixel/255 (Algorithm 1)")
+    p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
+                   help="first convolution; auto: the teacher's, or by the image size of --dataset")
+    add_neuron_flags(p, **asdict(Neuron()))
+    p.add_argument("--dataset", default=teacher and dataset,
+                   help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
+                        f"images (default: {dataset})")
+    p.add_argument("--seed", type=number(int, 0, 99999), default=0,
+                   help="of whatever stays fresh (default 0)")
+    p.add_argument("--out", default="snn_init.pt",
+                   help="checkpoint to write (default snn_init.pt)")
+    p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
+    args = p.parse_args(argv)
+    return args, teacher or load_teacher(args.src)
+
+
+def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
+    """The flags of `Neuron`, with these defaults; None: what the file of --init says."""
+    def add(flag, default, help, **kind):
+        shown = "as in --init" if default is None else default
+        p.add_argument(flag, default=default, help=f"{help} (default: {shown})", **kind)
+
+    positive = number(float, 0, 1e3, above=True)
+    add("--T", T, "time-steps", type=number(int, 1, 32))
+    add("--decay", decay, "share of the potential that a step keeps, exp(-1/tau) of eq. 2",
+        type=number(float, 0, 1))
+    add("--v-th", v_th, "firing threshold, eq. 3", type=positive)
+    add("--lens", lens, "half-width of the surrogate's window around it, eq. 4", type=positive)
+    add("--detach-reset", detach_reset, "no gradient through the reset, as in the authors' code",
+        action=argparse.BooleanOptionalAction)
+
+
+# ------------------------------------------------------------------------------ spiking network
 class BatchNormLIF(BatchNorm2d):
     """Batch norm over T, B, H, W, optional residual add, LIF: BatchNormReLU's place in the student.
 
-    x and residual: (T*B, C, H, W), T outermost -> spikes of that shape. static=True: x is (B, C, H, W), the same current
-    at every step (the stem under direct coding), normalised once. Every call starts at potential 0: there is no state to reset.
+    Here the neuron can be changed, and here firing rates are observed (a hook on the output).
+    x and residual: (T*B, C, H, W), T outermost -> spikes of that shape, 0 or 1. static=True: x is
+    (B, C, H, W), the same current at every step (the stem under direct coding), normalised once.
+    Every call starts at potential 0: there is no state to reset.
     """
 
     def __init__(self, channels, neuron):
@@ -75,75 +147,117 @@ class BatchNormLIF(BatchNorm2d):
 
     def forward(self, x, residual=None, static=False):
         n = self.neuron
-        x, residual = (v if v is None or static else v.unflatten(0, (n.T, -1)) for v in (x, residual))  # (T*B, ...) -> (T, B, ...)
+        if not static:
+            x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
+        if residual is not None:
+            residual = residual.unflatten(0, (n.T, -1))  # likewise
         statistics = (None, None) if self.training else (self.running_mean, self.running_var)
         spikes, mean, var, count = bn_lif(
-            x, self.weight, self.bias, residual, *statistics, T=n.T if static else None, eps=self.eps, decay=n.decay, v_th=n.v_th,
-            lens=n.lens, detach_reset=n.detach_reset, group=dist.group.WORLD if world_size() > 1 else None)
+            x, self.weight, self.bias, residual, *statistics,
+            T=n.T if static else None, eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens,
+            detach_reset=n.detach_reset, group=dist.group.WORLD if world_size() > 1 else None)
         if self.training:
             self.update_statistics(mean, var, count)
-        return spikes.flatten(0, 1)  # (T, B, C, H, W) -> (T*B, C, H, W)
+        return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
 class SEWBasicBlock(BasicBlock):
-    """Figure 1c: the LIF stands before the add, so identity shortcuts carry spikes unchanged; sums reach 2 and more."""
+    """Figure 1c: LIF before the add, so identity shortcuts carry spikes; sums reach 2 and more."""
 
     def forward(self, x):
-        return self.bn2(self.conv2(self.bn1(self.conv1(x)))) + self.downsample(x)
+        spikes = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(spikes)) + self.downsample(x)
 
 
 class SEWBottleneck(Bottleneck):
+    """The same of ResNet-50 and deeper."""
+
     def forward(self, x):
-        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))) + self.downsample(x)
+        spikes = self.bn1(self.conv1(x))
+        spikes = self.bn2(self.conv2(spikes))
+        return self.bn3(self.conv3(spikes)) + self.downsample(x)
 
 
 SEW = {BasicBlock: SEWBasicBlock, Bottleneck: SEWBottleneck}
 
 
 class SpikingResNet(ResNet):
-    """The teacher's ResNet with LIF neurons in place of ReLU, under the same parameter names (paper, section 3.2.1).
+    """The teacher's ResNet with LIF neurons for ReLU, under the same names (paper, section 3.2.1).
 
-    Fresh, it is the authors' baseline: PyTorch's default for convolutions, batch-norm weights equal to v_th (tdBN).
+    depth, num_classes, in_channels, width, stem: as in `ResNet`. block: "basic" or "sew". encoder:
+    "direct" or "poisson". The rest: `Neuron`.
+
+    Fresh, it is the authors' baseline: PyTorch's own default for convolutions (their code sets
+    none; the teacher has Kaiming's), batch-norm weights equal to v_th (tdBN). Whatever no transfer
+    reaches stays so.
     """
 
-    def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3", block="basic", encoder="direct",
-                 T=4, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
+    def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3",
+                 block="basic", encoder="direct", T=Neuron.T, decay=Neuron.decay,
+                 v_th=Neuron.v_th, lens=Neuron.lens, detach_reset=Neuron.detach_reset):
         neuron = Neuron(T, decay, v_th, lens, detach_reset)
-        norm_act = partial(BatchNormLIF, neuron=neuron)
-        sew = dict(norm=norm_act, block=SEW[DEPTHS[depth][0]]) if block == "sew" else {}
-        super().__init__(depth, num_classes, in_channels, width, stem, norm_act=norm_act, **sew)
-        self.neuron, self.encoder = neuron, encoder
+        lif = partial(BatchNormLIF, neuron=neuron)
+        kind = dict(norm_act=lif)
+        if block == "sew":  # a downsampling shortcut fires too
+            kind.update(norm=lif, block=SEW[DEPTHS[depth][0]])
+        super().__init__(depth, num_classes, in_channels, width, stem, **kind)
+        self.neuron = neuron
+        self.encoder = encoder
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 nn.init.constant_(m.weight, v_th)
 
     def forward(self, x):
-        """Analogue images (B, C, H, W), the same at every step, or spikes (T, B, C, H, W) -> class scores (T, B, K).
+        """Analogue images (B, C, H, W), the same at every step, or spikes (T, B, C, H, W)
+        -> class scores (T, B, K).
 
-        The network's answer is their mean over T; `scores[:t].mean(0)` is what it would have said after t steps.
+        The network's answer is their mean over T; `scores[:t].mean(0)` is what it would have said
+        after t steps.
         """
         static = x.dim() == 4
-        x = self.bn1(self.conv1(x if static else x.flatten(0, 1)), static=static)  # -> (T*B, width, H, W)
-        return self.fc(self.features(x)).unflatten(0, (self.neuron.T, -1))         # (T*B, K) -> (T, B, K)
+        if not static:
+            x = x.flatten(0, 1)                        # (T, B, C, H, W) -> (T*B, C, H, W)
+        x = self.bn1(self.conv1(x), static=static)     # -> (T*B, width, H, W)
+        scores = self.fc(self.features(x))             # -> (T*B, K)
+        return scores.unflatten(0, (self.neuron.T, -1))  # -> (T, B, K)
 
-    def encode(self, x, data, seed, world=1, rank=0):
-        """uint8 pixels (B, C, H, W) -> the network's input: normalised, or Poisson spikes (T, B, C, H, W) (Algorithm 1).
+    def encode(self, x, data, index, seed):
+        """Pixels, uint8 (B, C, H, W) -> the network's input: normalised by `data` (B, C, H, W), or
+        Poisson spikes (T, B, C, H, W) of probability pixel/255, before normalisation (Algorithm 1).
 
-        A spike has probability pixel/255; the noise is drawn on the CPU for the batch of all `world` processes, so it is
-        the same on every device and at every world size.
+        index: (B,) int64 on x's device, which images of the data set these are. A spike depends on
+        (seed, image, step, pixel) alone: not on the batch, T, the process or the device.
         """
         if self.encoder == "direct":
             return data.normalize(x)
-        g = torch.Generator().manual_seed(seed)
-        B, *pixel = x.shape
-        noise = torch.randint(255, (world * B, self.neuron.T, *pixel), dtype=torch.uint8, generator=g)  # 0..254: P(x > noise) = x/255
-        noise = noise[rank * B: (rank + 1) * B].transpose(0, 1).to(x.device)  # -> (T, B, C, H, W)
-        return (x > noise).to(data.offset.dtype)
+        spikes = x > noise(seed, index, self.neuron.T, x.shape[1:])
+        return spikes.to(self.fc.weight.dtype)
 
 
-# ----------------------------------------------------------------------------------------------- transfer
+def noise(seed, index, T, shape):
+    """Integers uniform on 0 to 254, so that P(pixel > noise) = pixel/255: int64 (T, B, *shape).
+
+    Each image has a stream of splitmix64 (Steele, Lea, Flood 2014), of which step and pixel are
+    the counter: nothing is drawn in any order.
+    """
+    stream = mix(mix(index) + seed).view(-1, 1, 1, 1)            # (B, 1, 1, 1)
+    counter = torch.arange(1, 1 + T * math.prod(shape), device=index.device)
+    counter = counter.view(T, 1, *shape)                         # (T, 1, C, H, W)
+    golden_ratio = 0x9E3779B97F4A7C15 - 2**64                    # of 2^64, as a signed integer
+    return mix(stream + counter * golden_ratio).remainder(255)   # 2^64 % 255 = 1: even to 2^-56
+
+
+def mix(z):
+    """splitmix64's hash of int64, which multiplies modulo 2^64; masks make its shifts logical."""
+    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return z ^ (z >> 31 & 2**33 - 1)
+
+
+# ------------------------------------------------------------------------------------- transfer
 def loop(source, shape):
-    """Loop interpolation: target[i, j] = source[i % C_out, j % C_in] (paper, section 3.2.2, Figure 3); vectors likewise."""
+    """Loop interpolation (paper, section 3.2.2, Figure 3), for vectors likewise:
+    target[i, j] = source[i % C_out, j % C_in]."""
     for dim in range(min(2, len(shape))):
         source = source.index_select(dim, torch.arange(shape[dim]) % source.shape[dim])
     return source
@@ -158,110 +272,316 @@ def source_block(j, m, n, block_map):
 
 @torch.no_grad()
 def transfer(student, source, block_map="spread", shortcut="transfer", classifier="fresh"):
-    """Fill `student` in place from `source`, a ResNet's state dict; the classifier stays fresh (paper, sections 3.2.2, 3.3.2)
-    unless classifier="transfer".
+    """Fill `student` in place from `source`, a ResNet's state dict (paper, sections 3.2.2, 3.3.2).
 
-    Returns one row per layer: (name, layer of the source or "", what was done). Raises ValueError where the source has other
-    blocks (basic against bottleneck), and KeyError where it lacks a tensor that should have been copied.
+    Fresh stay the classifier and, with shortcut="fresh", the downsampling shortcuts; the stem where
+    the two have kernels of other sizes.
+
+    Returns one row a layer of the student: (name, the source's layer or "", "copied", "looped from
+    -> to" or "fresh"). Raises ValueError, before anything is copied, if the source is no ResNet
+    (`resnet_arch`), has other blocks than the student, or lacks what should be copied.
     """
+    arch = resnet_arch(source)  # so nothing below is missing, or of a shape that cannot be looped
+    if classifier == "transfer" and not arch["num_classes"]:
+        raise ValueError("it has no classifier to transfer")
     target = student.state_dict()
-    if ("layer1.0.conv3.weight" in source) != ("layer1.0.conv3.weight" in target):
-        kinds = ["basic blocks (ResNet-18, 34)", "bottlenecks (ResNet-50, 101, 152)"]
-        raise ValueError(f"the teacher has {kinds['layer1.0.conv3.weight' in source]}, the student {kinds['layer1.0.conv3.weight' in target]}")
-    blocks = lambda state, stage: len({k.split(".")[1] for k in state if k.startswith(stage + ".")})
-    other_stem = source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]
-    fresh = ("conv1.", "bn1.") * other_stem + ("fc.",) * (classifier == "fresh")
+    if is_bottleneck(source) != is_bottleneck(target):
+        kinds = {False: "basic blocks (ResNet-18, 34)", True: "bottlenecks (ResNet-50, 101, 152)"}
+        raise ValueError(f"the teacher has {kinds[is_bottleneck(source)]}, the student "
+                         f"{kinds[is_bottleneck(target)]}: give --depth of the same kind")
+    fresh = [] if classifier == "transfer" else ["fc."]
+    if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
+        fresh += ["conv1.", "bn1."]
+
     rows = {}
     for name, tensor in target.items():
-        layer, origin = name.rpartition(".")[0], name
-        if name.startswith(fresh) or (shortcut == "fresh" and ".downsample." in name):
+        layer = name.rpartition(".")[0]
+        if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
             rows[layer] = ("", "fresh")
             continue
+        origin = name
         if name.startswith("layer"):
             stage, j, rest = name.split(".", 2)
-            origin = f"{stage}.{source_block(int(j), blocks(target, stage), blocks(source, stage), block_map)}.{rest}"
-        if origin not in source and name.endswith("num_batches_tracked"):  # absent from weights older than PyTorch 0.4.1
-            continue
+            k = source_block(int(j), blocks(target, stage), blocks(source, stage), block_map)
+            origin = f"{stage}.{k}.{rest}"
+        if origin not in source and name.endswith("num_batches_tracked"):
+            continue  # a counter that weights older than PyTorch 0.4.1 lack, and nothing reads
         value = source[origin]
         tensor.copy_(loop(value, tensor.shape))
-        size = lambda t: "x".join(map(str, t.shape))
-        looped = f"looped {size(value)} -> {size(tensor)}"
-        if tensor.dim() and layer not in rows:
-            rows[layer] = (origin.rpartition(".")[0], "copied" if value.shape == tensor.shape else looped)
+        how = "copied"
+        if value.shape != tensor.shape:
+            how = f"looped {size(value)} -> {size(tensor)}"
+        rows.setdefault(layer, (origin.rpartition(".")[0], how))  # its weight, which comes first
     return [(layer, *row) for layer, row in rows.items()]
 
 
-BUILT_IN = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)), "digits": (10, (1, 8, 8))}
+def resnet_arch(weights):
+    """The arguments of the `ResNet` whose state dict this is, read off names and shapes; with
+    num_classes 0 if it has no classifier.
+
+    Tensors beyond the network's (the head of another task) are let pass. Raises ValueError where
+    it is another network: stages of other lengths, other shapes (ResNeXt's grouped convolutions),
+    a tensor too many or too few; and where a value is not finite.
+    """
+    stem = weights.get("conv1.weight", torch.empty(0))
+    if stem.dim() != 4 or stem.numel() == 0:
+        raise ValueError("it has no conv1.weight of four dimensions")
+    block = Bottleneck if is_bottleneck(weights) else BasicBlock
+    counts = tuple(blocks(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
+    depth = next((d for d, kind in DEPTHS.items() if kind == (block, counts)), None)
+    if depth is None:
+        raise ValueError(f"its four stages have {counts} blocks ({block.__name__}), as no ResNet "
+                         f"of {', '.join(map(str, DEPTHS))} layers")
+    head = {"fc.weight", "fc.bias"} <= weights.keys()
+    arch = dict(depth=depth, num_classes=weights["fc.bias"].numel() if head else 0,
+                in_channels=stem.shape[1], width=stem.shape[0], stem=size(stem[0, 0]))
+
+    # what it should hold, name by name: shapes without memory
+    with torch.device("meta"):
+        expected = ResNet(**arch | dict(num_classes=arch["num_classes"] or 1)).state_dict()
+    for name, tensor in expected.items():
+        value = weights.get(name)
+        if name.endswith("num_batches_tracked") or (name.startswith("fc.") and not head):
+            continue
+        if value is None or value.shape != tensor.shape:
+            found = "missing" if value is None else size(value)
+            raise ValueError(f"its {name} is {found}, a ResNet-{depth}'s is {size(tensor)}: "
+                             "another network (ResNeXt, a wide ResNet) or a part of one")
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"its {name} has values that are not finite floating-point numbers")
+    for name in weights:
+        if name.startswith(("conv", "bn", "layer")) and name not in expected:
+            raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
+    return arch
+
+
+def is_bottleneck(weights):
+    return "layer1.0.conv3.weight" in weights
+
+
+def blocks(weights, stage):
+    """How many blocks a stage has in a state dict."""
+    return len({name.split(".")[1] for name in weights if name.startswith(f"{stage}.")})
+
+
+def size(tensor):
+    return "x".join(map(str, tensor.shape))
+
+
+# ---------------------------------------------------------------------------- files of a teacher
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # in the first bytes, before PyTorch 1.6
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+                   I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
+                   U8=torch.uint8, BOOL=torch.bool)
+
+
+def load_teacher(path):
+    """A checkpoint of train_teacher.py, or weights from elsewhere in the same form: `model` and
+    `arch` as read off them, `data` None, `config` empty, and `notes` for the user."""
+    if not os.path.isfile(path):
+        return load_checkpoint(path, "teacher")  # which says what is wrong with it
+    notes = []
+    try:
+        content, unchecked = read_weights(path)
+        if isinstance(content, dict) and {"format", "stage"} <= content.keys():
+            return load_checkpoint(path, "teacher")
+        weights, unused = find_resnet(content)
+        arch = resnet_arch(weights)
+    except ValueError as error:
+        fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
+             f"torchvision's names: {error}")
+    if unchecked:
+        notes.append(f"{path} is {unchecked}, which has no checksums: damage may go unseen")
+    if unused:
+        notes.append(f"no part of the ResNet in {path}, not used: {listed(unused)}")
+    return dict(model=weights, arch=arch, data=None, config={}, notes=notes)
+
+
+def read_weights(path):
+    """(content of the file, its format where that has no checksums, else None).
+
+    Reads torch.save's archive, torch.save's format from before PyTorch 1.6, and safetensors; code
+    in a file is never run. Raises ValueError that says what the file is instead.
+    """
+    with open(path, "rb") as f:
+        head = f.read(32)
+    try:
+        if LEGACY in head:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            return content, "of torch.save from before PyTorch 1.6"
+        if head[8:9] == b"{":
+            return read_safetensors(path), "a safetensors file"
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("a TorchScript archive")
+        return read(path), None
+    except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
+        reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"needs Python's {refused[1]}, and only tensors and plain values are read"
+        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or of another "
+                         f"kind ({reason})") from None
+
+
+def read_safetensors(path):
+    """{name: tensor}: the header's length (uint64), the header (JSON), the tensors' bytes."""
+    raw = bytearray(Path(path).read_bytes())
+    body = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:body])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        dtype = SAFETENSORS[entry["dtype"]]
+        if body + last > len(raw):
+            raise ValueError("its end is missing")
+        flat = torch.empty(0, dtype=dtype)
+        if last > first:
+            flat = torch.frombuffer(raw[body + first:body + last], dtype=dtype)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def find_resnet(content):
+    """(state dict, names of the tensors beside it) of the one ResNet in `content`, however nested
+    (`state_dict`, `model`) and prefixed (`module.`, an encoder's name).
+
+    Raises ValueError, saying what there is, if there is none or more than one.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
+    mark = "layer1.0.conv1.weight"  # in every ResNet, once
+    found, names = [], []
+    for path, values in dicts(content):
+        tensors = {str(name): v for name, v in values.items() if isinstance(v, torch.Tensor)}
+        names += tensors
+        for name in tensors:
+            prefix, here, rest = name.rpartition(mark)
+            if here and not rest and prefix[-1:] in ("", "."):
+                found.append((path, prefix, tensors))
+    if not found:
+        raise ValueError(f"it has no {mark}, but {listed(names or content)}")
+    if len(found) > 1:
+        places = [path + prefix for path, prefix, _ in found]
+        raise ValueError(f"it holds {len(found)} networks, {listed(places)}: save one alone")
+
+    _, prefix, tensors = found[0]
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items()
+               if name.startswith(prefix)}
+    used = ("conv1.", "bn1.", "layer", "fc.weight", "fc.bias")
+    unused = [name for name in tensors
+              if not name.startswith(tuple(prefix + name for name in used))]
+    return weights, unused
+
+
+def dicts(content, path=""):
+    """Every dict in a dict of dicts, after the keys that lead there."""
+    yield path, content
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from dicts(value, f"{path}{key}/")
+
+
+def listed(names, most=4):
+    """The first few of many names, and how many there are."""
+    names = list(map(str, names))
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+# ----------------------------------------------------------------------------------------- main
+CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names are known with the data alone
 
 
 def describe_dataset(dataset):
-    """(number of classes, shape of an image) of --dataset, without reading more than a folder's first image."""
-    if dataset in BUILT_IN:
-        return BUILT_IN[dataset]
+    """name, classes (None: not known here) and shape of --dataset, without reading its pixels."""
+    if dataset in CIFAR:
+        return dict(name=dataset, classes=None, shape=[3, 32, 32])
+    if dataset == "digits":
+        return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
     classes = folder_classes(Path(dataset))
-    first = next((f for f in sorted((Path(dataset) / "train" / classes[0]).glob("*")) if f.name[0] != "."), None)
+    files = sorted((Path(dataset) / "train" / classes[0]).glob("*"))
+    first = next((f for f in files if f.name[0] != "."), None)
     if first is None:
         fail(f"--dataset {dataset}: class {classes[0]!r} has no images in train/")
     try:
-        pixels = image(first, None)
+        pixels = image(first, None)  # (H, W) or (H, W, 3)
     except ValueError as error:
         fail(f"--dataset {dataset}: {error}")
-    return len(classes), (3 if pixels.ndim == 3 else 1, *pixels.shape[:2])
-
-
-def class_names(dataset):
-    """The class names of --dataset, in order; None where they are known only with the data at hand (CIFAR's)."""
-    return [str(d) for d in range(10)] if dataset == "digits" else None if dataset in BUILT_IN else folder_classes(Path(dataset))
+    channels = 3 if pixels.ndim == 3 else 1
+    return dict(name=dataset, classes=classes, shape=[channels, *pixels.shape[:2]])
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    teacher = load_checkpoint(args.src, "teacher", bare=True)
-    parents = {"teacher": dict(path=args.src, sha256=sha256_file(args.src))}
+    args, teacher = parse_args(argv)
+    weights, taught = teacher["model"], teacher["data"]
+    own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
+
+    # an earlier result of the same command stands, another's is not overwritten
+    parents = {"teacher": dict(path=args.src, sha256=sha256_file(args.src), bare=not own)}
     identity = run_identity(args, "init", parents=parents)
     earlier_run(args, "init", identity)
 
-    # what the student inherits, and what --dataset says where the teacher's file is silent
-    known, described, elsewhere = teacher.get("arch", {}), teacher.get("data"), args.dataset is not None
-    if not known or args.dataset:
-        args.dataset = args.dataset or "cifar100"
-        classes, shape = describe_dataset(args.dataset)
-        known = dict(num_classes=classes, in_channels=shape[0], stem="3x3" if max(shape[1:]) <= 64 else "7x7",
-                     width=known.get("width", teacher["model"]["conv1.weight"].shape[0]))
-    args.dataset = args.dataset or teacher["config"]["dataset"]
-    arch = dict(depth=args.depth, num_classes=known["num_classes"], in_channels=known["in_channels"], width=args.width or known["width"],
-                stem=known["stem"] if args.stem == "auto" else args.stem, block=args.block, encoder=args.encoder,
-                T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens, detach_reset=args.detach_reset)
+    # the data: the teacher's, or those of --dataset; a folder is asked again, it may have changed
+    same = args.dataset == teacher["config"].get("dataset")
+    data = dict(taught) if same else {}
+    if not same or os.path.isdir(args.dataset):
+        data.update(describe_dataset(args.dataset))
+    num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
-    if args.classifier == "transfer" and (taught := len(teacher["model"].get("fc.weight", []))) != arch["num_classes"]:
-        fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} knows {taught}, {args.dataset} has {arch['num_classes']}")
+    # the teacher's classifier serves its own classes alone, in their order
+    if args.classifier == "transfer":
+        rows = len(weights.get("fc.weight", []))
+        if rows != num_classes:
+            fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} "
+                 f"knows {rows}, {args.dataset} has {num_classes}")
+        check_classes(data["classes"] or [], taught, "teacher", args.src)
+        data["classes"] = data["classes"] or (taught and taught["classes"])  # stage 3 compares
 
-    if described and elsewhere:  # the student's labels are those of --dataset
-        names = class_names(args.dataset)
-        if args.classifier == "transfer" and names:
-            check_classes(names, described, "teacher", args.src)
-        described = described if described["name"] == args.dataset and names is None else dict(name=args.dataset, classes=names)
-
+    # the student, fresh
+    stem = args.stem
+    if stem == "auto" and same:
+        stem = teacher["arch"]["stem"]
+    elif stem == "auto":
+        stem = "3x3" if max(data["shape"][1:]) <= 64 else "7x7"
+    arch = dict(depth=args.depth, num_classes=num_classes, in_channels=data["shape"][0],
+                width=args.width, stem=stem, block=args.block, encoder=args.encoder,
+                T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens,
+                detach_reset=args.detach_reset)
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
-    try:
-        rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
-    except ValueError as error:
-        fail(f"{args.src}: {error}: give --depth of the same kind")
-    except (KeyError, IndexError, RuntimeError) as error:
-        fail(f"{args.src} does not hold the weights of a ResNet under torchvision's names ({str(error).splitlines()[0]})")
 
+    # the transfer
+    try:
+        rows = transfer(student, weights, args.block_map, args.shortcut, args.classifier)
+    except ValueError as error:
+        fail(f"{args.src}: {error}")
+
+    # save
+    checkpoint = make_checkpoint("init", arch, dict(student.state_dict()), args, identity,
+                                 data=data, parents=parents)
+    save_checkpoint(args.out, checkpoint)
+
+    # what was done, and what comes next
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     table = Table("layer of the student", "from the teacher's", "how", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    save_checkpoint(args.out, make_checkpoint("init", arch, weights(student), args, identity, data=described, parents=parents))
-    count = lambda fresh: sum(p.numel() for name, p in student.named_parameters() if (name.rpartition(".")[0] in fresh))
+    for note in teacher.get("notes", []):
+        console.print(f"note: {note}")
     fresh = {layer for layer, _, how in rows if how == "fresh"}
-    total = sum(p.numel() for p in student.parameters())
-    console.print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width {arch['width']}, T {args.T}) for {args.dataset}; "
-                  f"{total - count(fresh):,} of {total:,} parameters from {args.src}, {count(fresh):,} fresh")
+    counts = {name: p.numel() for name, p in student.named_parameters()}
+    total = sum(counts.values())
+    left = sum(n for name, n in counts.items() if name.rpartition(".")[0] in fresh)
+    console.print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width "
+                  f"{args.width}, T {args.T}) for {args.dataset}; {total - left:,} of {total:,} "
+                  f"parameters from {args.src}, {left:,} fresh")
+    command = f"python train_idsnn.py --init {shlex.quote(args.out)}"
+    if own:
+        console.print(f"next: {command}")
+    else:  # these weights answer no question about the student's classes
+        console.print(f"next: {command} --no-kd   (or --teacher, a checkpoint of train_teacher.py)")
 
 
 if __name__ == "__main__":
