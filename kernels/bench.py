@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,12 +32,10 @@ from kernels import bn_lif, lif
 from kernels.lif import lif_reference
 
 DECAY, V_TH, LENS = 0.25, 0.5, 0.5  # of the authors' code, as everywhere
-EPS = 1e-5
 LAYERS = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, height = width of stages 1 to 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_CACHE = 32 << 20  # bytes; PyTorch does not tell a CPU's
 ROUNDING = 1e-4  # share of fp32 spikes that another order of operations may flip
-COMPILED = "torch.compile"
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,10 +53,11 @@ def parse_args(argv=None):
                    "many at those of stages 2 to 4 (default: tensors of 4 times the cache)")
     p.add_argument("--seconds", type=float, default=0.2, help="for each figure (default 0.2)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    p.add_argument("--no-compile", action="store_true", help=f"leave {COMPILED} out")
+    p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--json", metavar="FILE", help="write every figure to FILE")
     args = p.parse_args(argv)
 
+    # a wrong value costs a line here, not a quarter of an hour later
     if args.device == "cuda" and not gpu:
         p.error("argument --device: cuda asked for, and PyTorch sees no GPU")
     if not 1 <= args.T <= 32:
@@ -83,10 +83,8 @@ def batch_beyond_cache(args):
     if args.device.type == "cuda":
         cache = torch.cuda.get_device_properties(args.device).L2_cache_size
     C, size = LAYERS[0]
-    batch = 1
-    while args.T * batch * C * size * size * DTYPES[args.dtype].itemsize < 4 * cache:  # bytes
-        batch *= 2
-    return batch
+    image = args.T * C * size * size * DTYPES[args.dtype].itemsize  # bytes
+    return 2 ** max(0, math.ceil(math.log2(4 * cache / image)))
 
 
 # ------------------------------------------------------------------------------------- contestants
@@ -98,7 +96,7 @@ def our_lif(x):
 
 
 def our_bn_lif(x, residual, weight, bias):
-    return bn_lif(x, weight, bias, residual, eps=EPS, decay=DECAY, v_th=V_TH, lens=LENS)[0]
+    return bn_lif(x, weight, bias, residual, decay=DECAY, v_th=V_TH, lens=LENS)[0]
 
 
 def loop_over_t(x):
@@ -116,8 +114,9 @@ def spikingjelly():
                           step_mode="m")
 
     def run(x):
-        node.reset()  # its potential outlives a call
-        return node(x)
+        spikes = node(x)
+        node.reset()  # its potential, and all that autograd holds with it, would outlive the call
+        return spikes
     return run
 
 
@@ -158,7 +157,7 @@ def behind_batch_norm(neuron):
     def contestant(x, residual, weight, bias):
         T = x.shape[0]
         x = x.flatten(0, 1)  # (T, B, C, H, W) -> (T*B, C, H, W): statistics over T, B, H, W
-        x = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+        x = F.batch_norm(x, None, None, weight, bias, training=True)
         return neuron(x.unflatten(0, (T, -1)) + residual)  # -> (T, B, C, H, W)
     return contestant
 
@@ -177,7 +176,7 @@ def contestants(neuron, compiled):
     found["loop over t"] = place(loop_over_t)
     if compiled:
         # Inductor sees T steps unrolled and fuses them, with the add and half of the batch norm
-        found[COMPILED] = torch.compile(place(loop_over_t), dynamic=False)
+        found["torch.compile"] = torch.compile(place(loop_over_t), dynamic=False)
     return found
 
 
@@ -249,7 +248,7 @@ def milliseconds(call, device, seconds):
 def copy_speed(device, seconds):
     """Bytes read plus bytes written per second by a copy that is far larger than the cache."""
     size = 1 << 30 if device.type == "cuda" else 1 << 28  # bytes
-    source = torch.zeros(size // 4, device=device)
+    source = torch.zeros(size // 4, device=device)  # written, so that its pages are its own
     target = torch.zeros_like(source)
     ms, _ = milliseconds(lambda: target.copy_(source), device, seconds)
     return 2 * size / (ms / 1e3)
@@ -290,7 +289,7 @@ def measure(neuron, layer, args, copy):
     B = args.batch * C // LAYERS[0][0]  # as many neurons in every stage
     inputs = random_inputs(args.T, B, C, size, DTYPES[args.dtype], args.device)
     g = random_current(args.T, B, C, size, DTYPES[args.dtype], args.device)
-    wanted = inputs[:1] if neuron == "lif" else inputs
+    wanted = inputs[:1] if neuron == "lif" else inputs  # autograd computes no other gradient
     least = least_bytes(neuron, g.element_size())
     found = contestants(neuron, compiled=not args.no_compile)
     with torch.no_grad():
