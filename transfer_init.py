@@ -36,14 +36,14 @@ from train_teacher import (
     check_classes,
     earlier_run,
     fail,
-    folder_classes,
-    image,
+    list_folder,
     load_checkpoint,
     make_checkpoint,
     number,
     read,
-    run,
+    read_image,
     run_identity,
+    run_script,
     save_checkpoint,
     sha256_file,
     world_size,
@@ -83,33 +83,30 @@ def parse_args(argv=None):
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
                         "under torchvision's names, of torch.save or safetensors")
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
-                   help="layers of the Spiking ResNet (default 18)")
+                   help="layers of the Spiking ResNet")
     p.add_argument("--width", type=number(int, 1, 4096), default=teacher and width,
-                   help=f"channels of its first stage (default: {width})")
+                   help="channels of its first stage, as a rule the teacher's")
     p.add_argument("--block", default="basic", choices=["basic", "sew"],
-                   help="basic: LIF after the residual add (Fig. 1b, default); sew: before it "
-                        "(Fig. 1c)")
+                   help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
     p.add_argument("--block-map", default="spread", choices=["spread", "first"],
                    help="the teacher's block for block j of a stage: at its relative position (the "
-                        "paper's text, default), or block min(j, n-1) (the authors' code)")
+                        "paper's text), or block min(j, n-1) (the authors' code)")
     p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"],
-                   help="downsampling shortcuts: transferred (default), or left fresh as in the "
-                        "authors' code")
+                   help="downsampling shortcuts: transferred, or fresh as in the authors' code")
     p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
-                   help="fully connected layer: fresh, as in the paper (default), or the teacher's")
+                   help="fully connected layer: fresh, as in the paper, or the teacher's")
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
-                   help="the image as current at every step (default), or spikes of probability "
-                        "pixel/255 (Algorithm 1)")
+                   help="the image as current at every step, or spikes of probability pixel/255 "
+                        "(Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
                    help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, **asdict(Neuron()))
     p.add_argument("--dataset", default=teacher and dataset,
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
-                        f"images (default: {dataset})")
+                        "images; as a rule the teacher's")
     p.add_argument("--seed", type=number(int, 0, 99999), default=0,
-                   help="of whatever stays fresh (default 0)")
-    p.add_argument("--out", default="snn_init.pt",
-                   help="checkpoint to write (default snn_init.pt)")
+                   help="of whatever stays fresh")
+    p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
     args = p.parse_args(argv)
     return args, teacher or load_teacher(args.src)
@@ -117,18 +114,15 @@ def parse_args(argv=None):
 
 def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
     """The flags of `Neuron`, with these defaults; None: what the file of --init says."""
-    def add(flag, default, help, **kind):
-        shown = "as in --init" if default is None else default
-        p.add_argument(flag, default=default, help=f"{help} (default: {shown})", **kind)
-
     positive = number(float, 0, 1e3, above=True)
-    add("--T", T, "time-steps", type=number(int, 1, 32))
-    add("--decay", decay, "share of the potential that a step keeps, exp(-1/tau) of eq. 2",
-        type=number(float, 0, 1))
-    add("--v-th", v_th, "firing threshold, eq. 3", type=positive)
-    add("--lens", lens, "half-width of the surrogate's window around it, eq. 4", type=positive)
-    add("--detach-reset", detach_reset, "no gradient through the reset, as in the authors' code",
-        action=argparse.BooleanOptionalAction)
+    p.add_argument("--T", type=number(int, 1, 32), default=T, help="time-steps")
+    p.add_argument("--decay", type=number(float, 0, 1), default=decay,
+                   help="share of the potential that a step keeps, exp(-1/tau) of eq. 2")
+    p.add_argument("--v-th", type=positive, default=v_th, help="firing threshold, eq. 3")
+    p.add_argument("--lens", type=positive, default=lens,
+                   help="half-width of the surrogate's window around it, eq. 4")
+    p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction, default=detach_reset,
+                   help="no gradient through the reset, as in the authors' code")
 
 
 # ------------------------------------------------------------------------------ spiking network
@@ -499,17 +493,14 @@ def describe_dataset(dataset):
         return dict(name=dataset, classes=None, shape=[3, 32, 32])
     if dataset == "digits":
         return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
-    classes = folder_classes(Path(dataset))
-    files = sorted((Path(dataset) / "train" / classes[0]).glob("*"))
-    first = next((f for f in files if f.name[0] != "."), None)
-    if first is None:
-        fail(f"--dataset {dataset}: class {classes[0]!r} has no images in train/")
     try:
-        pixels = image(first, None)  # (H, W) or (H, W, 3)
-    except ValueError as error:
+        train, _ = list_folder(Path(dataset), skipped=[])
+        images = [read_image(paths[0]) for paths in train.values()]  # (H, W, C), one a class
+    except (OSError, ValueError) as error:
         fail(f"--dataset {dataset}: {error}")
-    channels = 3 if pixels.ndim == 3 else 1
-    return dict(name=dataset, classes=classes, shape=[channels, *pixels.shape[:2]])
+    H, W, _ = images[0].shape
+    channels = max(pixels.shape[2] for pixels in images)  # grey only if all are grey
+    return dict(name=dataset, classes=list(train), shape=[channels, H, W])
 
 
 def main(argv=None):
@@ -558,8 +549,8 @@ def main(argv=None):
         fail(f"{args.src}: {error}")
 
     # save
-    checkpoint = make_checkpoint("init", arch, dict(student.state_dict()), args, identity,
-                                 data=data, parents=parents)
+    checkpoint = make_checkpoint(
+        "init", arch, student, args, identity, torch.device("cpu"), data, parents)
     save_checkpoint(args.out, checkpoint)
 
     # what was done, and what comes next
@@ -585,4 +576,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
