@@ -96,7 +96,7 @@ def our_lif(x):
 
 
 def our_bn_lif(x, residual, weight, bias):
-    return bn_lif(x, weight, bias, residual, decay=DECAY, v_th=V_TH, lens=LENS)[0]
+    return bn_lif(x, weight, bias, residual, decay=DECAY, v_th=V_TH, lens=LENS)
 
 
 def loop_over_t(x):

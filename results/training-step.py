@@ -26,7 +26,7 @@ from torch.utils import benchmark
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, from wherever this is started
 import transfer_init  # noqa: E402
 from kernels import bench  # noqa: E402
-from train_teacher import Parser, memory_format, number  # noqa: E402
+from train_teacher import Parser, memory_format, number, recorded  # noqa: E402
 
 NEURON = dict(T=4, decay=bench.DECAY, v_th=bench.V_TH, lens=bench.LENS)
 SAME_LOSS = 1e-6  # relative, in fp64, where rounding flips no spike
@@ -105,20 +105,6 @@ def check(width):
     return losses
 
 
-def recorded(step):
-    """A function that replays `step` as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # momentum, Triton's compiler and cuDNN's search come before the record
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def images_per_second(neuron, batch, mode, args):
     """(images per second, loss of the first step)."""
     on_gpu = args.device == "cuda"
@@ -140,7 +126,7 @@ def images_per_second(neuron, batch, mode, args):
 
     loss = step().item()
     run = recorded(step) if mode == "recorded" else step
-    for _ in range(3):  # what is compiled late, or searched for
+    for _ in range(5):  # `recorded` calls the step three times, records it and replays it
         run()
     # the timer waits for the GPU before it reads the clock
     timer = benchmark.Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
