@@ -784,8 +784,9 @@ def run_script(main):
             raise
         what = str(error).splitlines()[0][:120]
         fail(f"out of memory ({what}): lower --batch-size, --width or --T", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:  # a finished result and an error end here too
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ------------------------------------------------------- shared: processes, device and precision
@@ -869,8 +870,10 @@ def parallel(model, args, layout):
         model = torch.compile(model, options=options)
     if world_size() > 1:
         ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-        # statistics agree already: DDP need not send them
-        model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # statistics agree already: DDP need not send them. the argument of this name warns since
+        # torch 2.13, the attribute means the same in every version
+        model.broadcast_buffers = False
     return model
 
 
