@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -68,6 +71,7 @@ class Neuron:
 def parse_args(argv=None):
     """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
     the defaults, and --help shows them."""
+    # first pass: the teacher
     first = Parser(add_help=False)
     first.add_argument("--src")
     src = first.parse_known_args(argv)[0].src
@@ -78,6 +82,7 @@ def parse_args(argv=None):
         width = teacher["arch"]["width"]
         dataset = teacher["config"].get("dataset", "cifar100")
 
+    # second pass: everything. the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
     p.add_argument("--src", required=True,
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
@@ -89,6 +94,7 @@ def parse_args(argv=None):
     p.add_argument("--block", default="basic", choices=["basic", "sew"],
                    help="basic: LIF after the residual add (Fig. 1b, default); sew: before it "
                         "(Fig. 1c)")
+    # what is transferred, and from where (paper, section 3.2.2)
     p.add_argument("--block-map", default="spread", choices=["spread", "first"],
                    help="the teacher's block for block j of a stage: at its relative position (the "
                         "paper's text, default), or block min(j, n-1) (the authors' code)")
@@ -97,12 +103,14 @@ def parse_args(argv=None):
                         "authors' code")
     p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
                    help="fully connected layer: fresh, as in the paper (default), or the teacher's")
+    # the student's input and its neurons
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
                    help="the image as current at every step (default), or spikes of probability "
                         "pixel/255 (Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
                    help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, **asdict(Neuron()))
+    # the data and the result
     p.add_argument("--dataset", default=teacher and dataset,
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
                         f"images (default: {dataset})")
@@ -118,6 +126,7 @@ def parse_args(argv=None):
 def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
     """The flags of `Neuron`, with these defaults; None: what the file of --init says."""
     def add(flag, default, help, **kind):
+        # --help shows what will run, or where that is written
         shown = "as in --init" if default is None else default
         p.add_argument(flag, default=default, help=f"{help} (default: {shown})", **kind)
 
@@ -203,6 +212,7 @@ class SpikingResNet(ResNet):
         super().__init__(depth, num_classes, in_channels, width, stem, **kind)
         self.neuron = neuron
         self.encoder = encoder
+        # the convolutions keep what nn.Conv2d gave them
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 nn.init.constant_(m.weight, v_th)
@@ -281,7 +291,8 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     -> to" or "fresh"). Raises ValueError, before anything is copied, if the source is no ResNet
     (`resnet_arch`), has other blocks than the student, or lacks what should be copied.
     """
-    arch = resnet_arch(source)  # so nothing below is missing, or of a shape that cannot be looped
+    # after this nothing is missing below, or of a shape that cannot be looped
+    arch = resnet_arch(source)
     if classifier == "transfer" and not arch["num_classes"]:
         raise ValueError("it has no classifier to transfer")
     target = student.state_dict()
@@ -289,6 +300,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         kinds = {False: "basic blocks (ResNet-18, 34)", True: "bottlenecks (ResNet-50, 101, 152)"}
         raise ValueError(f"the teacher has {kinds[is_bottleneck(source)]}, the student "
                          f"{kinds[is_bottleneck(target)]}: give --depth of the same kind")
+    # kernels of 3x3 and 7x7 have no common index: such a stem starts fresh
     fresh = [] if classifier == "transfer" else ["fc."]
     if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
         fresh += ["conv1.", "bn1."]
@@ -299,6 +311,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
             rows[layer] = ("", "fresh")
             continue
+        # the block of the same stage that this block is filled from (Figure 2b)
         origin = name
         if name.startswith("layer"):
             stage, j, rest = name.split(".", 2)
@@ -306,6 +319,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
             origin = f"{stage}.{k}.{rest}"
         if origin not in source and name.endswith("num_batches_tracked"):
             continue  # a counter that weights older than PyTorch 0.4.1 lack, and nothing reads
+        # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
         value = source[origin]
         tensor.copy_(loop(value, tensor.shape))
         how = "copied"
@@ -326,12 +340,14 @@ def resnet_arch(weights):
     stem = weights.get("conv1.weight", torch.empty(0))
     if stem.dim() != 4 or stem.numel() == 0:
         raise ValueError("it has no conv1.weight of four dimensions")
+    # the depth is told by the kind of blocks and their number in each stage
     block = Bottleneck if is_bottleneck(weights) else BasicBlock
     counts = tuple(blocks(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
     depth = next((d for d, kind in DEPTHS.items() if kind == (block, counts)), None)
     if depth is None:
         raise ValueError(f"its four stages have {counts} blocks ({block.__name__}), as no ResNet "
                          f"of {', '.join(map(str, DEPTHS))} layers")
+    # stem and classifier are as wide as their tensors; size(kernel) is "3x3" or "7x7"
     head = {"fc.weight", "fc.bias"} <= weights.keys()
     arch = dict(depth=depth, num_classes=weights["fc.bias"].numel() if head else 0,
                 in_channels=stem.shape[1], width=stem.shape[0], stem=size(stem[0, 0]))
@@ -349,6 +365,7 @@ def resnet_arch(weights):
                              "another network (ResNeXt, a wide ResNet) or a part of one")
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"its {name} has values that are not finite floating-point numbers")
+    # a tensor too many, as of squeeze-and-excitation, would change what the network computes
     for name in weights:
         if name.startswith(("conv", "bn", "layer")) and name not in expected:
             raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
@@ -369,10 +386,10 @@ def size(tensor):
 
 
 # ---------------------------------------------------------------------------- files of a teacher
-LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # in the first bytes, before PyTorch 1.6
+# torch.save's first bytes before PyTorch 1.6, and the number types of safetensors in weights
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-                   I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
-                   U8=torch.uint8, BOOL=torch.bool)
+                   I64=torch.int64)  # the last for num_batches_tracked
 
 
 def load_teacher(path):
@@ -383,10 +400,13 @@ def load_teacher(path):
     notes = []
     try:
         content, unchecked = read_weights(path)
+        # our own format is checked where it is defined
         if isinstance(content, dict) and {"format", "stage"} <= content.keys():
             return load_checkpoint(path, "teacher")
         weights, unused = find_resnet(content)
         arch = resnet_arch(weights)
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror or error})")
     except ValueError as error:
         fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
              f"torchvision's names: {error}")
@@ -406,11 +426,13 @@ def read_weights(path):
     with open(path, "rb") as f:
         head = f.read(32)
     try:
+        # weights_only: what is no tensor or plain value is refused, in the old format too
         if LEGACY in head:
             content = torch.load(path, map_location="cpu", weights_only=True)
             return content, "of torch.save from before PyTorch 1.6"
-        if head[8:9] == b"{":
+        if head[8:9] == b"{":  # the header's JSON, after its length
             return read_safetensors(path), "a safetensors file"
+        # torch.load hands TorchScript, which is code, to another reader, and warns
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise ValueError("a TorchScript archive")
@@ -451,7 +473,7 @@ def find_resnet(content):
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     mark = "layer1.0.conv1.weight"  # in every ResNet, once
-    found, names = [], []
+    found, names = [], []  # (where, prefix, its dict); all tensors, for the message
     for path, values in dicts(content):
         tensors = {str(name): v for name, v in values.items() if isinstance(v, torch.Tensor)}
         names += tensors
@@ -461,10 +483,12 @@ def find_resnet(content):
                 found.append((path, prefix, tensors))
     if not found:
         raise ValueError(f"it has no {mark}, but {listed(names or content)}")
+    # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
     if len(found) > 1:
         places = [path + prefix for path, prefix, _ in found]
         raise ValueError(f"it holds {len(found)} networks, {listed(places)}: save one alone")
 
+    # what stands beside it is named: it may be the head of another task, or a surprise
     _, prefix, tensors = found[0]
     weights = {name.removeprefix(prefix): value for name, value in tensors.items()
                if name.startswith(prefix)}
@@ -490,16 +514,24 @@ def listed(names, most=4):
 
 
 # ----------------------------------------------------------------------------------------- main
-CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names are known with the data alone
+CIFAR = dict(cifar10=10, cifar100=100)  # classes, whose names only the data themselves tell
 
 
-def describe_dataset(dataset):
-    """name, classes (None: not known here) and shape of --dataset, without reading its pixels."""
+def describe_dataset(dataset, taught):
+    """name, classes (None: not known here) and shape of --dataset, without reading all its pixels.
+
+    taught: the description in the teacher's file, if it learnt from that data set.
+    """
+    if taught and not os.path.isdir(dataset):
+        return dict(taught)
     if dataset in CIFAR:
         return dict(name=dataset, classes=None, shape=[3, 32, 32])
     if dataset == "digits":
         return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
+    # a folder's classes may have changed since the teacher saw them
     classes = folder_classes(Path(dataset))
+    if taught:
+        return taught | dict(classes=classes)
     files = sorted((Path(dataset) / "train" / classes[0]).glob("*"))
     first = next((f for f in files if f.name[0] != "."), None)
     if first is None:
@@ -517,17 +549,16 @@ def main(argv=None):
     weights, taught = teacher["model"], teacher["data"]
     own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
 
+    # the data: the teacher's, or those of --dataset
+    same = args.dataset == teacher["config"].get("dataset")
+    data = describe_dataset(args.dataset, taught if same else None)
+    num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
+
     # an earlier result of the same command stands, another's is not overwritten
     parents = {"teacher": dict(path=args.src, sha256=sha256_file(args.src), bare=not own)}
     identity = run_identity(args, "init", parents=parents)
+    identity["data"] = [num_classes, data["classes"], data["shape"]]  # all that counts here
     earlier_run(args, "init", identity)
-
-    # the data: the teacher's, or those of --dataset; a folder is asked again, it may have changed
-    same = args.dataset == teacher["config"].get("dataset")
-    data = dict(taught) if same else {}
-    if not same or os.path.isdir(args.dataset):
-        data.update(describe_dataset(args.dataset))
-    num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
     # the teacher's classifier serves its own classes alone, in their order
     if args.classifier == "transfer":
@@ -538,7 +569,7 @@ def main(argv=None):
         check_classes(data["classes"] or [], taught, "teacher", args.src)
         data["classes"] = data["classes"] or (taught and taught["classes"])  # stage 3 compares
 
-    # the student, fresh
+    # the student, fresh; small images keep their size in the stem
     stem = args.stem
     if stem == "auto" and same:
         stem = teacher["arch"]["stem"]
@@ -551,7 +582,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
 
-    # the transfer
+    # the transfer, for which the teacher has to fit
     try:
         rows = transfer(student, weights, args.block_map, args.shortcut, args.classifier)
     except ValueError as error:
@@ -562,8 +593,8 @@ def main(argv=None):
                                  data=data, parents=parents)
     save_checkpoint(args.out, checkpoint)
 
-    # what was done, and what comes next
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    # what was done, layer by layer, and what comes next
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # [x] in a path is a path
     table = Table("layer of the student", "from the teacher's", "how", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)

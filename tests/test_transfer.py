@@ -560,6 +560,7 @@ def test_a_result_is_kept(script, refused):
         script("--src r34.pt")
     assert end.value.code == 0
     refused("--src r34.pt --T 6", "snn_init.pt", "--T", "--fresh")
+    refused("--src r34.pt --dataset farm", "snn_init.pt", "--fresh")
     refused("--src r34.pt --out r34.pt --fresh", "--out", "r34.pt")
     assert script("--src r34.pt --T 6 --fresh")[0]["arch"]["T"] == 6
 
