@@ -10,6 +10,7 @@ errors, processes and precision, checkpoints and restarts, the log), which later
 import argparse
 import copy
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -130,23 +131,32 @@ def learning_rate(args, epoch):
                       "linear": left}[args.schedule]
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 @dataclass
 class Images:
-    """A whole data set: uint8 pixels `(N, H, W, C)`, int64 labels `(N,)`, on one device."""
+    """A whole data set on one device: uint8 pixels (N, H, W, C), int64 labels (N,)."""
     name: str
-    classes: list
+    classes: list  # class names; a label is an index into them
     train_x: torch.Tensor
     train_y: torch.Tensor
     test_x: torch.Tensor
     test_y: torch.Tensor
 
     def __post_init__(self):
+        # torchvision's CIFAR is a transposed view, and a view cannot be hashed
+        self.train_x, self.test_x = self.train_x.contiguous(), self.test_x.contiguous()
         H, W, C = self.train_x.shape[1:]
         self.shape = (C, H, W)
-        channels = [self.train_x[..., c].double() / 255 for c in range(C)]  # of the training set, so that any folder works
-        self.mean = [float(c.mean()) for c in channels]
-        self.std = [max(float(c.std(correction=0)), 1 / 255) for c in channels]
+        # mean and deviation of the training set, from a histogram: exact, and no float copy
+        level = torch.arange(256, dtype=torch.float64) / 255
+        self.mean, self.std = [], []
+        for c in range(C):
+            count = torch.bincount(self.train_x[..., c].flatten(), minlength=256).double()
+            mean = count @ level / count.sum()
+            variance = count @ (level - mean).square() / count.sum()
+            self.mean.append(mean.item())
+            self.std.append(max(variance.sqrt().item(), 1 / 255))  # a constant channel has none
+        # of pixels and labels alone, wherever they lie
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(tensor.numpy())
@@ -154,21 +164,27 @@ class Images:
 
     def to(self, device, dtype, layout=torch.contiguous_format):
         """Move to `device`; `normalize` will give `dtype` in the memory format `layout`."""
+        for name in ("train_x", "train_y", "test_x", "test_y"):
+            setattr(self, name, getattr(self, name).to(device))
+        # (C, 1, 1) of 0..255; made once, because a recorded CUDA graph remembers addresses
+        self.offset = 255 * torch.tensor(self.mean, dtype=dtype, device=device).view(-1, 1, 1)
+        self.scale = 255 * torch.tensor(self.std, dtype=dtype, device=device).view(-1, 1, 1)
         self.layout = layout
-        self.train_x, self.train_y, self.test_x, self.test_y = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
-        self.offset, self.scale = (255 * torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (self.mean, self.std))
         return self
 
     def normalize(self, x):
-        """uint8 `(B, C, H, W)` -> zero mean and unit variance per channel over the training set."""
+        """uint8 (B, C, H, W) -> zero mean and unit variance a channel over the training set."""
         return ((x - self.offset) / self.scale).clone(memory_format=self.layout)
 
     def describe(self):
-        return dict(name=self.name, classes=self.classes, shape=list(self.shape), mean=self.mean, std=self.std,
-                    train=len(self.train_y), test=len(self.test_y), sha256=self.sha256)
+        """What a checkpoint records of the data."""
+        return dict(name=self.name, classes=self.classes, shape=list(self.shape),
+                    mean=self.mean, std=self.std, sha256=self.sha256,
+                    train=len(self.train_y), test=len(self.test_y))
 
     def __str__(self):
-        return (f"{self.name}: {len(self.train_y):,} + {len(self.test_y):,} images of {'x'.join(map(str, self.shape))}, "
+        size = "x".join(map(str, self.shape))
+        return (f"{self.name}: {len(self.train_y):,} + {len(self.test_y):,} images of {size}, "
                 f"{len(self.classes)} classes, sha256 {self.sha256[:12]}")
 
 
@@ -195,66 +211,182 @@ def load_data(dataset, data_dir):
         pixels = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))  # CIFAR10.data is a transposed view
         return Images(dataset, train.classes, next(pixels), torch.tensor(train.targets), next(pixels), torch.tensor(test.targets))
     try:
-        return load_folder(Path(dataset), Path(data_dir))
-    except ValueError as error:
+        # here alone: it takes a second to import, and does not beside every CPU build of torch
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        fail(f"--dataset {dataset}: torchvision is needed and cannot be imported ({error})", 1)
+    source = getattr(datasets, dataset.upper())
+    try:
+        train = source(data_dir, train=True, download=True)
+        test = source(data_dir, train=False, download=True)
+    except Exception as error:  # of many kinds: OSError, RuntimeError, URLError, EOFError
+        fail(f"--dataset {dataset}: not in {data_dir}/ and cannot be downloaded ({error}). Put the "
+             f"archive from {source.url} there, or give --dataset digits, or a folder of images", 1)
+    return Images(dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
+                  torch.from_numpy(test.data), torch.tensor(test.targets))
+
+
+def load_folder(dataset, data_dir):
+    """Images of one size in train/<class>/* and test/<class>/* (or val/), subfolders included.
+
+    Grey if every file is grey, else RGB. Decoded once, then read from a cache in `data_dir`.
+    """
+    root, skipped = Path(dataset), []
+    try:
+        train, test = list_folder(root, skipped)
+        if skipped and rank() == 0:
+            names = ", ".join(str(path.relative_to(root)) for path in skipped[:3])
+            print(f"note: --dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
+        files = [path for split in (train, test) for paths in split.values() for path in paths]
+        cache = data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz"
+        x = read_cache(cache)
+        if x is None:  # threads cannot end the process, so all of this raises, and ends below
+            x = decode(files)
+            write_cache(cache, x)
+    except (OSError, ValueError) as error:
         fail(f"--dataset {dataset}: {error}")
+    x, labels = torch.from_numpy(x), torch.arange(len(train))  # (N, H, W, C), (K,)
+    # classes follow each other, (K,) -> (N,)
+    train_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in train.values()]))
+    test_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in test.values()]))
+    n = len(train_y)
+    return Images(str(root), list(train), x[:n], train_y, x[n:], test_y)
 
 
-def load_folder(root, data_dir):
-    """`root/train/<class>/*` and `root/test/<class>/*`, equally sized; decoded once, then read from a cache in `data_dir`."""
-    classes = folder_classes(root)
-    files = {split: [f for c in classes for f in sorted((root / split / c).glob("*")) if f.is_file() and f.name[0] != "."]
-             for split in ("train", "test")}
-    for split in files:
-        for c in classes:
-            if not any(f.parent.name == c for f in files[split]):
-                fail(f"--dataset {root}: class {c!r} has no images in {split}/")
-    stamp = hashlib.sha256(repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for s in files for f in files[s]]).encode())
-    cache = data_dir / f"{root.resolve().name}-{stamp.hexdigest()[:12]}.pt"
-    try:
-        return Images(str(root), classes, *read(cache))
-    except Exception:  # absent, or damaged: decode again
-        pass
-    mode = "L" if image(files["train"][0], None).ndim == 2 else "RGB"  # the first image decides
-    tensors = []
-    for split in files:
-        with ThreadPoolExecutor() as pool:
-            pixels = list(pool.map(lambda f: image(f, mode), files[split]))
-        want = image(files["train"][0], mode).shape
-        for f, p in zip(files[split], pixels):
-            if p.shape != want:
-                fail(f"--dataset {root}: {f} is {p.shape[1]}x{p.shape[0]} pixels, others {want[1]}x{want[0]}: resize them to one size")
-        x = torch.from_numpy(np.stack(pixels))
-        tensors += [x if x.dim() == 4 else x[..., None], torch.tensor([classes.index(f.parent.name) for f in files[split]])]
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, tensors)
-    except OSError as error:
-        print(f"note: the decoded images were not kept in {cache} ({error.strerror}); the next run decodes them again")
-    return Images(str(root), classes, *tensors)
-
-
-def folder_classes(root):
-    """Sorted class names of an image folder, the same in train/ and test/."""
-    for split in ("train", "test"):
+def list_folder(root, skipped):
+    """({class: image files} of train/, the same of test/ or val/), sorted; fills `skipped`."""
+    layout = "train/<class>/* and test/<class>/* (or val/<class>/*)"
+    if not root.is_dir():
+        raise ValueError(f"neither cifar10, cifar100 or digits nor a folder with {layout}")
+    # where both are there, val/ is for tuning
+    held_out = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    train, test = {}, {}
+    for split, found in (("train", train), (held_out, test)):
         if not (root / split).is_dir():
-            fail(f"--dataset {root}: neither cifar10, cifar100 or digits nor a folder with train/<class>/* and test/<class>/*")
-    classes, test = (sorted(d.name for d in (root / s).iterdir() if d.is_dir() and d.name[0] != ".") for s in ("train", "test"))
-    if classes != test:
-        fail(f"--dataset {root}: train/ and test/ differ in the class {sorted(set(classes) ^ set(test))[0]!r}")
-    if len(classes) < 2:
-        fail(f"--dataset {root}: needs two classes or more, found {len(classes)} in train/")
-    return classes
+            raise ValueError(f"it has no folder {split}/: images belong in {layout}")
+        for path in sorted((root / split).iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                found[path.name] = list_images(path, skipped)
+            else:
+                skipped.append(path)
+    # labels are places in the list of classes: one list for both
+    if train.keys() != test.keys():
+        odd = min(train.keys() ^ test.keys())
+        raise ValueError(f"train/ and {held_out}/ differ in the class {odd!r}")
+    if len(train) < 2:
+        raise ValueError(f"needs two classes or more, found {len(train)} in train/")
+    for split, found in (("train", train), (held_out, test)):
+        if empty := [name for name, paths in found.items() if not paths]:
+            raise ValueError(f"class {empty[0]!r} has no images in {split}/")
+    return train, test
 
 
-def image(path, mode):
-    """Pixels of an image file: uint8 `(H, W, 3)`, or `(H, W)` for grey; `mode` None keeps what it is."""
+def list_images(folder, skipped):
+    """Image files in `folder` and below, sorted; what is hidden or none by name fills `skipped`."""
     from PIL import Image
+    images = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            skipped.append(path)
+        elif path.is_dir():
+            if path.is_symlink():  # it could lead round in a circle
+                raise ValueError(f"{path} is a link to a folder: put the folder in its place")
+            images += list_images(path, skipped)
+        elif path.suffix.lower() not in Image.registered_extensions():
+            skipped.append(path)
+        elif not path.is_file():
+            raise ValueError(f"{path} is a link that points nowhere: mend or remove it")
+        else:
+            images.append(path)
+    return images
+
+
+def fingerprint(files):
+    """Changes with each file's place and time, behind links too, and with how it is read."""
+    # an edited reader must not be given what the old one has read
+    seen = hashlib.sha256(inspect.getsource(read_image).encode())
+    for path in files:
+        stat = path.stat()
+        # ctime too: a copy may bring along the time of the file it replaces
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        seen.update(repr((os.path.realpath(path), stat.st_size, *times)).encode())
+    return seen.hexdigest()[:12]
+
+
+def read_cache(path):
+    """The decoded images at `path`, or None."""
+    try:
+        with np.load(path) as arrays:  # zipped, so with a checksum
+            return arrays["images"]
+    except Exception:  # absent, or damaged in one of many ways: decoded again
+        return None
+
+
+def write_cache(path, x):
+    """Straight to disk, since a copy in memory may not fit; under its name only when complete."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, images=x)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if rank() == 0:
+            print(f"note: the decoded images were not kept in {path} ({error.strerror}); "
+                  "the next run decodes them again")
+
+
+def decode(files):
+    """uint8 (N, H, W, C) of image files of one size, each decoded straight into its place."""
+    H, W, _ = read_image(files[0]).shape
+    # ends at the first colour file; in a grey set it reads every file once more
+    C = 3 if any(read_image(path).shape[2] == 3 for path in files) else 1
+    x = np.empty((len(files), H, W, C), np.uint8)
+
+    def fill(i):
+        pixels = read_image(files[i])
+        h, w, _ = pixels.shape
+        if (h, w) != (H, W):
+            raise ValueError(f"{files[i]} is {w}x{h} pixels, others {W}x{H}: "
+                             "resize them to one size")
+        x[i] = pixels  # (H, W, 1) fills all channels
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(fill, range(len(files))):  # raises what a thread has raised
+            pass
+    return x
+
+
+def read_image(path):
+    """What a viewer shows of an image file: uint8 (H, W, 3), or (H, W, 1) for one saved as grey.
+
+    Turned as its EXIF entry says; a palette or CMYK becomes RGB; of 16 bits the upper 8 are kept.
+    ValueError names a file that is damaged, or that 8 bits of grey or RGB cannot hold: transparent
+    pixels, several frames, other 16-bit formats than PNG, 32-bit and floating-point pixels.
+    """
+    from PIL import Image, ImageOps
     try:
         with Image.open(path) as im:
-            return np.asarray(im.convert(mode or ("L" if im.mode in ("1", "L") else "RGB")))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ... on damaged files; a ValueError: threads may not `fail`
-        raise ValueError(f"{path} is no image that Pillow can read ({error}): replace or remove it") from None
+            # which one is the image? a camera's MPO is a JPEG, what follows in it are previews
+            if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":
+                raise ValueError(f"it has {im.n_frames} frames")
+            ImageOps.exif_transpose(im, in_place=True)
+            # what is below transparent pixels was never meant to be seen
+            if im.has_transparency_data and im.convert("RGBA").getextrema()[3][0] < 255:
+                raise ValueError("it has transparent pixels")
+            if im.mode.startswith("I") and im.format == "PNG":  # the upper byte, as of 16-bit RGB
+                pixels = (np.asarray(im) >> 8).astype(np.uint8)
+            elif im.mode[0] in "IF":  # their white may be any number
+                raise ValueError(f"it has pixels of Pillow's mode {im.mode}, not of 8 bits")
+            else:
+                pixels = np.asarray(im.convert("L" if im.mode in ("1", "L", "LA") else "RGB"))
+    except Exception as error:  # of many kinds where a file is damaged
+        raise ValueError(f"{path} is no image that can be read as it is ({error}): "
+                         "replace or remove it") from None
+    return pixels.reshape(*pixels.shape[:2], -1)  # (H, W) -> (H, W, 1)
 
 
 def batches(data, args, epoch, rank, world):

@@ -33,39 +33,6 @@ def tiny_data(n=12, size=6, channels=3, classes=3):
     return Images("tiny", [str(c) for c in range(classes)], x, y, x[:5], y[:5]).to("cpu", torch.float32)
 
 
-# ----------------------------------------------------------------------------------------------- data
-def test_digits_are_the_uci_digits():
-    data = load_data("digits", "nowhere")
-    assert str(data).startswith("digits: 1,437 + 360 images of 1x8x8, 10 classes")
-    assert data.train_x.max() == 255 and data.train_x.min() == 0
-    # the first image of the set, a zero, is the first held-out one; its first row is 0 0 5 13 9 1 0 0 of 16
-    assert data.test_y[0] == 0
-    assert data.test_x[0, 0, :, 0].tolist() == [v * 255 // 16 for v in (0, 0, 5, 13, 9, 1, 0, 0)]
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_folder_is_read_cached_and_read_again(tmp_path, mode, monkeypatch):
-    pixels = make_folder(tmp_path / "set", mode=mode)
-    data = load_data(str(tmp_path / "set"), tmp_path / "cache")
-    C = 3 if mode == "RGB" else 1
-    assert data.shape == (C, 6, 5) and data.classes == ["cat", "dog", "owl"]
-    assert data.train_y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(data.test_y) == 6
-    assert np.array_equal(data.train_x[5].numpy().squeeze(), pixels["train", "dog"][1])
-    assert data.mean == pytest.approx(data.train_x.double().div(255).mean((0, 1, 2)).tolist())
-    monkeypatch.setattr(train_teacher, "image", lambda *_: pytest.fail("decoded again"))
-    assert load_data(str(tmp_path / "set"), tmp_path / "cache").sha256 == data.sha256
-    monkeypatch.undo()
-    Image.fromarray(255 - pixels["train", "cat"][0]).save(tmp_path / "set/train/cat/0.png")  # a changed image is noticed
-    assert load_data(str(tmp_path / "set"), tmp_path / "cache").sha256 != data.sha256
-
-
-def test_normalised_training_set_has_zero_mean_and_unit_variance():
-    data = tiny_data(n=50)
-    x = data.normalize(data.train_x.permute(0, 3, 1, 2))
-    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
-    assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
-
-
 # --------------------------------------------------------------------------------------- augmentation
 def augment(data, *flags, epoch=0, rank=0, world=1):
     args = parse_args(["--dataset", "tiny", *flags])
