@@ -1,14 +1,14 @@
-"""Stage 1: train the teacher, an ordinary ReLU ResNet (paper, section 3.3.2 and 4.1)  ->  r34.pt
+"""Stage 1: train the teacher, an ordinary ReLU ResNet (paper, sections 3.3.2 and 4.1)  ->  r34.pt
 
-    python train_teacher.py                                 # the paper's: ResNet-34 on CIFAR-100, 200 epochs
-    python train_teacher.py --dataset digits                # half a minute on a laptop
-    torchrun --nproc-per-node 4 train_teacher.py            # four GPUs, the same global batch, the same result
+    python train_teacher.py                           # the paper's: ResNet-34 on CIFAR-100
+    python train_teacher.py --dataset digits          # half a minute on a laptop
+    torchrun --nproc-per-node 4 train_teacher.py      # four GPUs, the same global batch and result
 
-From top to bottom: the recipe, the data, the network, main(); below it the machinery that all stages share (flags and
-errors, processes and precision, checkpoints and restarts, the log), which later stages import from here.
+From top to bottom: the recipe, the data, the network, main(); below it what all stages share
+(flags and errors, device and precision, checkpoints, runs and restarts), imported from here.
 """
 import argparse
-import copy
+import ast
 import hashlib
 import inspect
 import io
@@ -22,8 +22,10 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+
+if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -33,91 +35,94 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.autograd import DeviceType
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs are not kept from writing one file
     fcntl = None
 
-# ------------------------------------------------------------------------------------------------------------- recipe
-# paper: section 4.1 and, where it is silent (crop, flip, milestones), the authors' code
-PAPER = dict(epochs=200, batch_size=64, lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-4, schedule="step", warmup=0.0,
-             label_smoothing=0.0, ema=0.0, aug="basic", crop_padding=4, flip=True)
-RECIPES = dict(
-    paper=PAPER,
-    # meant for all stages within ten minutes on one large GPU: not measured on one yet
-    fast=PAPER | dict(epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear", warmup=0.25),
-    # meant for the highest accuracy with crop and flip alone: not measured on one yet either
-    best=PAPER | dict(batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4, schedule="cosine", warmup=0.02))
-# whatever the recipe: for 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
-DIGITS = dict(epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
+# ------------------------------------------------------------------------------------------ recipe
+# paper, section 4.1; where it is silent (milestones, crop, flip) the authors' code
+PAPER = dict(
+    width=64,           # channels of the first stage; the others follow
+    epochs=200,         # passes over the training set
+    batch_size=64,      # images a step, over all processes
+    lr=0.05,            # peak learning rate of SGD
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=1e-4,  # L2 penalty on every parameter
+    schedule="step",    # x0.1 at 30, 60 and 80% of the epochs; or "linear", "cosine": to 0
+    warmup=0.0,         # share of the run in which the rate rises from 0
+    crop_padding=4,     # pixels of zeros around an image before the random crop
+    flip=True,          # mirror half of the training images
+)
+# five times fewer epochs of larger batches at the same rate an image. in results/recipes-small a
+# teacher with this weight decay and momentum helped its student most; not measured on a GPU yet
+FAST = PAPER | dict(
+    epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4,
+    schedule="linear", warmup=0.25,
+)
+# over either of them: 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
+DIGITS = dict(
+    width=16, epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25,
+    crop_padding=1, flip=False,
+)
+RECIPES = dict(paper=PAPER, fast=FAST)
 
 
 def parse_args(argv=None):
     p = Parser(description="Stage 1: train the teacher ResNet.")
-    p.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
-    p.add_argument("--depth", type=number(int, 18, 152), default=34, choices=DEPTHS, help="layers of the ResNet (default 34)")
-    p.add_argument("--width", type=number(int, 1, 4096), help="channels of the first stage, which scales all others (default 64, digits 16)")
-    p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"], help="first convolution; auto: 3x3 for images up to 64 pixels, else ImageNet's 7x7 and max-pool")
-    add_training_flags(p, RECIPES, DIGITS, out="r34.pt")
-    args = p.parse_args(argv)
-    fill_defaults(args, RECIPES, DIGITS, width=16 if args.dataset == "digits" else 64)
-    return args
+    p.add_argument("--dataset", default="cifar100",
+                   help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
+    p.add_argument("--depth", type=number(int, 18, 152), choices=DEPTHS, default=34,
+                   help="layers of the ResNet")
+    p.add_argument("--width", type=number(int, 1, 4096),
+                   help="channels of its first stage, which scales all others")
+    p.add_argument("--stem", choices=["auto", "3x3", "7x7"], default="auto",
+                   help="first convolution; auto: 3x3 for images up to 64 pixels, "
+                        "else ImageNet's 7x7 and max-pool")
+    add_training_flags(p, out="r34.pt")
+    return parse_with_recipe(p, argv, RECIPES, DIGITS)
 
 
-def add_training_flags(p, recipes, digits, out):
-    """The flags that both training stages have. A default of None is filled from the recipe by `fill_defaults`."""
-    by_recipe = partial(show_defaults, recipes, digits)
-    p.add_argument("--recipe", default="paper", choices=list(recipes), help="the set of defaults that the parentheses below speak of; digits has some of its own, whatever the recipe (default paper)")
-    p.add_argument("--epochs", type=number(int, 1, 9999), help=f"passes over the training set {by_recipe('epochs')}")
-    p.add_argument("--batch-size", type=number(int, 2, 1 << 20), help=f"images per step over all processes {by_recipe('batch_size')}")
-    p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help=f"peak learning rate of SGD {by_recipe('lr')}")
-    p.add_argument("--momentum", type=number(float, 0, 1), help=f"momentum of SGD {by_recipe('momentum')}")
-    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help=f"Nesterov's momentum {by_recipe('nesterov')}")
-    p.add_argument("--weight-decay", type=number(float, 0, 1), help=f"L2 penalty on every parameter {by_recipe('weight_decay')}")
-    p.add_argument("--schedule", choices=["step", "cosine", "linear"], help=f"fall of the learning rate: x0.1 at each milestone, or to 0 along a cosine or a line {by_recipe('schedule')}")
-    p.add_argument("--milestones", type=milestones, metavar="E,E,...", help="epochs at which `step` multiplies the rate by 0.1 (default 30%%, 60%% and 80%% of the epochs: 60,120,160)")
-    p.add_argument("--warmup", type=number(float, 0, 0.99), help=f"share of the run in which the rate rises from 0 to --lr {by_recipe('warmup')}")
-    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help=f"share of the target that is spread over all classes {by_recipe('label_smoothing')}")
-    p.add_argument("--ema", type=number(float, 0, 1), help=f"report and save the exponential mean of the weights, over this share of the run's steps; 0: the last weights {by_recipe('ema')}")
-    p.add_argument("--aug", choices=["basic", "strong"], help=f"basic: crop and flip; strong: CutMix on half of the images too {by_recipe('aug')}")
-    p.add_argument("--crop-padding", type=number(int, 0, 256), help=f"zero pixels around an image before the random crop {by_recipe('crop_padding')}")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help=f"mirror half of the training images {by_recipe('flip')}")
-    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32", "fp64"], help="auto: bf16 where the GPU or the processor multiplies it; else fp16 on a GPU, fp32 on a CPU")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
-    p.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, at some cost in speed")
-    p.add_argument("--seed", type=number(int, 0, 99999), default=0, help="of initialisation, order and augmentation (default 0)")
-    p.add_argument("--data-dir", default="data", help="where downloads and decoded folders are kept (default data)")
-    p.add_argument("--out", default=out, help=f"checkpoint to write; <out>.last while it trains, <out>.jsonl its log (default {out})")
-    p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run left at --out")
-    p.add_argument("--profile", action="store_true", help="print where the time of a training step goes, and end there")
-
-
-def show_defaults(recipes, digits, name):
-    """The default of a flag for --help: the paper's, and those of other recipes that differ."""
-    values = {recipe: values[name] for recipe, values in recipes.items()} | ({"digits": digits[name]} if name in digits else {})
-    others = {k: v for k, v in values.items() if v != values["paper"]}
-    if others and "digits" in values:
-        others["digits"] = values["digits"]
-    text = lambda v: ("no", "yes")[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
-    return ", ".join([f"(default {text(values['paper'])}"] + [f"{k} {text(v)}" for k, v in others.items()]) + ")"
-
-
-def fill_defaults(args, recipes, digits, **others):
-    """Set every flag that the user left out: from the recipe, or from what suits the 8x8 digits."""
-    if args.milestones and args.schedule is None:
-        args.schedule = "step"
-    for name, value in (recipes[args.recipe] | (digits if args.dataset == "digits" else {}) | others).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.nesterov and not args.momentum:
-        fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
-    if args.milestones and args.schedule != "step":
-        fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
-    if args.milestones is None:
-        args.milestones = [args.epochs * share for share in (0.3, 0.6, 0.8)]
+def add_training_flags(p, out):
+    """The flags that both training stages have; a recipe says their defaults."""
+    p.add_argument("--recipe", choices=["paper", "fast"], default="paper",
+                   help="the set of defaults; digits has some of its own")
+    p.add_argument("--epochs", type=number(int, 1, 9999), help="passes over the training set")
+    p.add_argument("--batch-size", type=number(int, 2, 1 << 20),
+                   help="images per step over all processes")
+    p.add_argument("--lr", type=number(float, 0, 1e3, above=True), help="peak learning rate of SGD")
+    p.add_argument("--momentum", type=number(float, 0, 1), help="momentum of SGD")
+    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum")
+    p.add_argument("--weight-decay", type=number(float, 0, 1), help="L2 penalty on every parameter")
+    p.add_argument("--schedule", choices=["step", "cosine", "linear"],
+                   help="fall of the learning rate: x0.1 at each milestone, or to 0 along a curve")
+    p.add_argument("--milestones", type=milestones, metavar="E,E,...",
+                   help="epochs at which --schedule step multiplies the rate by 0.1")
+    p.add_argument("--warmup", type=number(float, 0, 0.99),
+                   help="share of the run in which the rate rises from 0 to --lr")
+    p.add_argument("--crop-padding", type=number(int, 0, 256),
+                   help="pixels of zeros around an image before the random crop")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="mirror half of the training images")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
+                   help="auto: bf16 where GPU or CPU multiplies it, else fp16 on GPUs, fp32 on CPUs")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                   help="auto: the GPU if there is one")
+    p.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True,
+                   help="on one GPU, record the training step once and replay it")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile the network: slower start, faster steps")
+    p.add_argument("--deterministic", action="store_true",
+                   help="bit-equal runs on a GPU too, at some cost in speed")
+    p.add_argument("--seed", type=number(int, 0, 99999), default=0,
+                   help="of initialisation, order and augmentation")
+    p.add_argument("--data-dir", default="data", help="where downloads and decoded images are kept")
+    p.add_argument("--out", default=out,
+                   help="checkpoint to write; <out>.last while it trains, <out>.jsonl its log")
+    p.add_argument("--fresh", action="store_true",
+                   help="start over, whatever an earlier run left at --out")
 
 
 def learning_rate(args, epoch):
@@ -126,9 +131,11 @@ def learning_rate(args, epoch):
     if done < args.warmup:
         return args.lr * done / args.warmup
     left = (1 - done) / (1 - args.warmup)
-    return args.lr * {"step": 0.1 ** sum(epoch >= m for m in args.milestones),
-                      "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
-                      "linear": left}[args.schedule]
+    if args.schedule == "step":
+        return args.lr * 0.1 ** sum(epoch >= m for m in args.milestones)
+    if args.schedule == "cosine":
+        return args.lr * (0.5 - 0.5 * math.cos(math.pi * left))
+    return args.lr * left
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -189,27 +196,55 @@ class Images:
 
 
 def load_data(dataset, data_dir):
-    """The data set `dataset` (see --dataset) as `Images` on the CPU; one line and exit if it isn't there or doesn't fit."""
-    if dataset == "digits":  # UCI optical handwritten digits, CC BY 4.0; every fifth image is held out
-        raw = np.load(Path(__file__).with_name("data") / "digits.npz")
-        x = torch.from_numpy((raw["images"].astype(np.uint16) * 255 // 16).astype(np.uint8))[..., None]  # 0..16 -> 0..255
-        y = torch.from_numpy(raw["labels"]).long()
-        test = torch.arange(len(y)) % 5 == 0
-        return Images(dataset, [str(d) for d in range(10)], x[~test], y[~test], x[test], y[test])
-    if dataset in ("cifar10", "cifar100"):
-        import torchvision  # here alone: a second to import, and absent from some CPU builds
-        source = getattr(torchvision.datasets, dataset.upper())
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            dist.barrier()  # one process of a machine downloads
-        try:
-            train, test = (source(data_dir, train=train, download=True) for train in (True, False))
-        except Exception as error:  # torchvision's loader raises OSError, RuntimeError, URLError, EOFError, ...
-            fail(f"--dataset {dataset}: not in {data_dir}/ and cannot be downloaded ({error}). Put the archive from "
-                 f"{source.url} there, or give --dataset digits, or a folder of images", 1)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and dist.is_initialized():
-            dist.barrier()
-        pixels = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))  # CIFAR10.data is a transposed view
-        return Images(dataset, train.classes, next(pixels), torch.tensor(train.targets), next(pixels), torch.tensor(test.targets))
+    """The data set that --dataset names, as `Images` on the CPU, the same in every process.
+
+    Rank 0 of the whole run goes first and downloads or decodes into `data_dir`; then one process
+    of each other node, which finds that in a shared folder or makes its own; then all others.
+    Data that are not there or do not fit end every process, with one line.
+    """
+    load = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar}
+    load = load.get(dataset, load_folder)
+    # 0: the first process of the run, 1: the first ones of other nodes, 2: all others
+    turn = (rank() > 0) + (int(os.environ.get("LOCAL_RANK", 0)) > 0)
+    data, failure = None, None
+    for current in range(3):
+        if current == turn:
+            try:
+                data = load(dataset, Path(data_dir))
+            except (Exception, SystemExit) as error:
+                failure = error
+        # the others wait here, and must not wait for one that has failed
+        failed = any(gather(failure is not None))
+        if failure:
+            raise failure
+        if failed:
+            raise SystemExit(1)
+    # folders of the same name need not hold the same
+    if len(set(gather(data.sha256))) > 1:
+        fail(f"--dataset {dataset}: the nodes of this run hold different images", 1)
+    return data
+
+
+def gather(value):
+    """The `value` of every process, in the order of their ranks."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def load_digits(dataset, data_dir):
+    """UCI's optical handwritten digits (CC BY 4.0), 8x8 pixels; every fifth image is held out."""
+    raw = np.load(Path(__file__).with_name("data") / "digits.npz")
+    pixels = (raw["images"].astype(np.uint16) * 255 // 16).astype(np.uint8)  # 0..16 -> 0..255
+    x = torch.from_numpy(pixels)[..., None]  # (N, 8, 8) -> (N, 8, 8, 1)
+    y = torch.from_numpy(raw["labels"]).long()
+    test = torch.arange(len(y)) % 5 == 0  # bool (N,)
+    return Images(dataset, list("0123456789"), x[~test], y[~test], x[test], y[test])
+
+
+def load_cifar(dataset, data_dir):
+    """CIFAR-10 or CIFAR-100 by torchvision, which downloads what is not in `data_dir`."""
     try:
         # here alone: it takes a second to import, and does not beside every CPU build of torch
         from torchvision import datasets
@@ -389,58 +424,43 @@ def read_image(path):
     return pixels.reshape(*pixels.shape[:2], -1)  # (H, W) -> (H, W, 1)
 
 
-def batches(data, args, epoch, rank, world):
-    """One epoch of training batches: uint8 `(B / world, C, H, W)`, channels-last, cropped and flipped, and their targets
-    `(B / world, K)`, the share of each class in the image.
+class Batches:
+    """Batches of an epoch: drawn at random, then cropped, flipped and stacked on the data's device.
 
-    Order, crops, flips and boxes are drawn for the global batch on the CPU from (seed, epoch) and then sliced by rank: the
-    same on every device, at every world size, after every restart. The incomplete last batch is dropped.
+    Everything is drawn for the global batch on the CPU from (seed, epoch), then sliced by rank:
+    the same on every device, at every world size, after every restart. Incomplete batches are
+    dropped. The tensors that `cut` reads are made once: a recorded step remembers addresses.
     """
-    C, H, W = data.shape
-    device, pad, steps = data.train_x.device, args.crop_padding, len(data.train_y) // args.batch_size
-    g = torch.Generator().manual_seed(args.seed * 10_000 + epoch)
-    order = torch.randperm(len(data.train_y), generator=g)[: steps * args.batch_size]
-    top, left = torch.randint(2 * pad + 1, (2, len(order)), generator=g)
-    flip = torch.rand(len(order), generator=g) < (0.5 if args.flip else 0.0)
-    draws = torch.stack([order, top, left, flip]).view(4, steps, -1)
-    if args.aug == "strong":  # the image before it in the global batch, and where that shows through
-        draws = torch.cat([draws, draws.roll(1, 2), cutmix_boxes(len(order), H, W, g).view(4, steps, -1)])
-    draws = draws.unflatten(2, (world, -1))[:, :, rank].to(device)  # (4 or 12, steps, B / world)
-    padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))  # zeros on the raw pixels, as torchvision's RandomCrop
-    rows, cols = torch.arange(H, device=device), torch.arange(W, device=device)
-    one_hot = torch.eye(len(data.classes), dtype=data.offset.dtype, device=device)
 
-    def cut(index, top, left, flip):
-        y = top[:, None] + rows                                                 # (B, H)
-        x = left[:, None] + torch.where(flip[:, None] > 0, W - 1 - cols, cols)  # (B, W)
-        return padded[index[:, None, None], y[:, :, None], x[:, None, :]], one_hot[data.train_y[index]]  # (B, H, W, C), (B, K)
+    def __init__(self, data, args):
+        C, H, W = data.shape
+        self.data, self.args, pad = data, args, args.crop_padding
+        self.steps = len(data.train_y) // args.batch_size  # an epoch
+        # zeros on the raw pixels, as torchvision's RandomCrop
+        self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))
+        self.rows, self.cols = (torch.arange(n, device=self.padded.device) for n in (H, W))
 
-    for draw in draws.unbind(1):
-        image, target = cut(*draw[:4])
-        if args.aug == "strong":
-            other_image, other_target = cut(*draw[4:8])
-            first_row, last_row, first_col, last_col = draw[8:, :, None]
-            in_rows, in_cols = (rows >= first_row) & (rows < last_row), (cols >= first_col) & (cols < last_col)  # (B, H), (B, W)
-            inside = in_rows[:, :, None] & in_cols[:, None, :]                                                 # (B, H, W)
-            image = torch.where(inside[..., None], other_image, image)
-            target = torch.lerp(target, other_target, inside.to(target.dtype).mean((1, 2))[:, None])
-        yield image.permute(0, 3, 1, 2), target
+    def draw(self, epoch):
+        """(steps, 4, B / world) int64: index of the image, top and left of its crop, flipped."""
+        g = torch.Generator().manual_seed(self.args.seed * 10_000 + epoch)
+        n = self.steps * self.args.batch_size
+        order = torch.randperm(len(self.data.train_y), generator=g)[:n]
+        top, left = torch.randint(2 * self.args.crop_padding + 1, (2, n), generator=g)
+        flip = torch.rand(n, generator=g) < (0.5 if self.args.flip else 0.0)
+        draws = torch.stack([order, top, left, flip]).view(4, self.steps, world_size(), -1)
+        return draws[:, :, rank()].transpose(0, 1).to(self.padded.device)
+
+    def cut(self, draw):
+        """(4, B) int64 -> uint8 images (B, C, H, W), channels-last, and their labels (B,)."""
+        index, top, left, flip = draw
+        y = top[:, None] + self.rows                                       # (B, H)
+        x = torch.where(flip[:, None] > 0, self.cols.flip(0), self.cols)   # (B, W)
+        x = x + left[:, None]
+        images = self.padded[index[:, None, None], y[:, :, None], x[:, None, :]]  # (B, H, W, C)
+        return images.permute(0, 3, 1, 2), self.data.train_y[index]
 
 
-def cutmix_boxes(n, H, W, g):
-    """CutMix (Yun et al. 2019): (4, n) first row, last row (excluded), first and last column of a box anywhere in an H x W image.
-
-    Half of the boxes are empty; the area of the others, before the image's edge cuts it off, is uniform from 0 to H*W.
-    """
-    side = torch.rand(n, generator=g).sqrt() * (torch.rand(n, generator=g) < 0.5)
-    edges = []
-    for size in (H, W):
-        middle = torch.rand(n, generator=g)
-        edges += [((middle + sign * side / 2).clamp(0, 1) * size).round().long() for sign in (-1, 1)]
-    return torch.stack(edges)
-
-
-# ------------------------------------------------------------------------------------------------------------ network
+# ----------------------------------------------------------------------------------------- network
 class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with statistics over all processes (nn.SyncBatchNorm refuses CPU tensors)."""
 
@@ -462,14 +482,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_((var * (n / max(n - 1, 1))).to(self.running_var), self.momentum)
 
 
-class BatchNormReLU(BatchNorm2d):
-    """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
-
-    def forward(self, x, residual=None):
-        x = super().forward(x)
-        return F.relu(x if residual is None else x + residual)
-
-
 class AllReduceMean(torch.autograd.Function):
     """Mean over processes, forward and backward."""
 
@@ -484,26 +496,47 @@ class AllReduceMean(torch.autograd.Function):
         return AllReduceMean.forward(None, grad)
 
 
+class BatchNormReLU(BatchNorm2d):
+    """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
+
+    def forward(self, x, residual=None):
+        x = super().forward(x)
+        return F.relu(x if residual is None else x + residual)
+
+
 def conv(c_in, c_out, kernel, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
 
 
+def shortcut(c_in, c_out, stride, norm):
+    """Identity, or where the shape changes a 1x1 convolution and batch norm."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(conv(c_in, c_out, 1, stride), norm(c_out))
+
+
 class BasicBlock(nn.Module):
-    """Figure 1a (1b with spikes): two 3x3 convolutions; `norm_act` normalises and activates, `norm` only normalises."""
+    """Figure 1a (1b with spikes): two 3x3 convolutions.
+
+    norm_act normalises, adds the residual and activates; norm only normalises.
+    """
     expansion = 1
 
     def __init__(self, c_in, c, stride, norm, norm_act):
         super().__init__()
         self.conv1, self.bn1 = conv(c_in, c, 3, stride), norm_act(c)
         self.conv2, self.bn2 = conv(c, c, 3), norm_act(c)
-        self.downsample = nn.Sequential(conv(c_in, c, 1, stride), norm(c)) if stride != 1 or c_in != c else nn.Identity()
+        self.downsample = shortcut(c_in, c, stride, norm)
 
     def forward(self, x):
         return self.bn2(self.conv2(self.bn1(self.conv1(x))), self.downsample(x))
 
 
 class Bottleneck(nn.Module):
-    """The block of ResNet-50 and deeper: 1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the channels."""
+    """The block of ResNet-50 and deeper: 1x1, 3x3, 1x1 to four times the channels.
+
+    The stride is in the 3x3 convolution, as in torchvision.
+    """
     expansion = 4
 
     def __init__(self, c_in, c, stride, norm, norm_act):
@@ -511,22 +544,28 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = conv(c_in, c, 1), norm_act(c)
         self.conv2, self.bn2 = conv(c, c, 3, stride), norm_act(c)
         self.conv3, self.bn3 = conv(c, 4 * c, 1), norm_act(4 * c)
-        self.downsample = nn.Sequential(conv(c_in, 4 * c, 1, stride), norm(4 * c)) if stride != 1 or c_in != 4 * c else nn.Identity()
+        self.downsample = shortcut(c_in, 4 * c, stride, norm)
 
     def forward(self, x):
-        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), self.downsample(x))
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.bn3(self.conv3(y), self.downsample(x))
 
 
-DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)),
-          50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
+DEPTHS = {  # layers: block, and how many of it in each of the four stages
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
 
 
 class ResNet(nn.Module):
-    """ResNet under torchvision's parameter names, for teacher and student alike (paper, section 3.2.1).
+    """ResNet under torchvision's parameter names, for teacher and student (paper, section 3.2.1).
 
-    depth: 18, 34, 50, 101 or 152. width: channels of the first stage. stem: "3x3", or "7x7" with max-pool.
-    norm, norm_act: classes called with a channel count, for batch norm without and with (residual add and) activation.
-    block: replaces the block class that belongs to the depth. (B, in_channels, H, W) -> (B, num_classes).
+    depth: 18, 34, 50, 101 or 152. width: channels of the first stage. stem: "3x3", or "7x7" with
+    max-pool. norm, norm_act: classes called with a channel count, for batch norm without and with
+    (residual add and) activation. block: replaces the block class that belongs to the depth.
     """
 
     def __init__(self, depth=34, num_classes=100, in_channels=3, width=64, stem="3x3",
@@ -534,14 +573,16 @@ class ResNet(nn.Module):
         super().__init__()
         plain_block, counts = DEPTHS[depth]
         block = block or plain_block
-        self.conv1 = conv(in_channels, width, 3) if stem == "3x3" else conv(in_channels, width, 7, 2)
+        small = stem == "3x3"
+        self.conv1 = conv(in_channels, width, 3) if small else conv(in_channels, width, 7, 2)
         self.bn1 = norm_act(width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "7x7" else nn.Identity()
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         c_in = width
         for stage, count in enumerate(counts):
             c, blocks = width << stage, []
             for j in range(count):
-                blocks.append(block(c_in, c, 2 if stage > 0 and j == 0 else 1, norm, norm_act))
+                stride = 2 if stage > 0 and j == 0 else 1  # each later stage halves the image
+                blocks.append(block(c_in, c, stride, norm, norm_act))
                 c_in = c * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(c_in, num_classes)
@@ -552,28 +593,31 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
     def forward(self, x):
+        """(B, in_channels, H, W) -> class scores (B, num_classes)."""
         return self.fc(self.features(self.bn1(self.conv1(x))))
 
 
 def kaiming_(model):
-    """He et al. 2015, for the ReLU of the teacher; the student's convolutions keep PyTorch's default, as in the authors' code."""
+    """He et al. 2015, for the teacher's ReLU; what is fresh in the student keeps PyTorch's own."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 @torch.no_grad()
 def evaluate(predict, data, batch_size=500):
-    """(accuracy in %, mean loss) over the test set, shared by the processes.
+    """(accuracy in %, mean cross-entropy) over the test set, which the processes share.
 
-    predict: (uint8 images (B, C, H, W), index of the first one) -> class scores (B, K)."""
+    predict: uint8 images (B, C, H, W) and their index in the test set (B,) -> class scores (B, K).
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=data.test_x.device)
-    for start in range(rank() * batch_size, len(data.test_y), world_size() * batch_size):
-        x, y = (t[start: start + batch_size] for t in (data.test_x, data.test_y))
-        logits = predict(x.permute(0, 3, 1, 2), start).double()
-        sums += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+    for index in torch.arange(len(data.test_y), device=sums.device).split(batch_size)[rank()::world_size()]:
+        labels = data.test_y[index]
+        scores = predict(data.test_x[index].permute(0, 3, 1, 2), index).double()
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        sums += torch.stack([(scores.argmax(1) == labels).sum(), loss])
     if world_size() > 1:
         dist.all_reduce(sums)
     correct, loss = (sums / len(data.test_y)).tolist()
@@ -582,79 +626,133 @@ def evaluate(predict, data, batch_size=500):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = init_distributed(args)
-    precision, dtype, autocast, scaler = set_precision(args, device)
+    device, dtype, autocast, scaler = setup(args)
 
-    data = load_data(args.dataset, args.data_dir)
-    if args.batch_size > len(data.train_y):
-        fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} training images")
-    steps = len(data.train_y) // args.batch_size
-    identity = run_identity(args, "teacher", data)
-    log_file, earlier = (None, None) if args.profile else (claim(args.out), earlier_run(args, "teacher", identity))
+    # data: the whole set as uint8 on the training device
     layout = memory_format(device, args.width)
-    data.to(device, dtype, layout)
+    data = load_data(args.dataset, args.data_dir).to(device, dtype, layout)
+    run = TrainingRun("teacher", args, data)  # finds what an earlier run of this command left
+    batches = Batches(data, args)
 
+    # model: drawn on the CPU, so that a seed means the same weights everywhere
     torch.manual_seed(args.seed)
-    stem = args.stem if args.stem != "auto" else "3x3" if max(data.shape[1:]) <= 64 else "7x7"
-    arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0], width=args.width, stem=stem)
+    stem = args.stem
+    if stem == "auto":
+        stem = "3x3" if max(data.shape[1:]) <= 64 else "7x7"
+    arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0],
+                width=args.width, stem=stem)
     model = kaiming_(ResNet(**arch)).to(device, dtype, memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
-                                weight_decay=args.weight_decay, fused=device.type == "cuda")
-    product, follow = averaged(model, args, steps)
-    history = restore(earlier, model, product, optimizer, scaler) if earlier else []
     net = parallel(model, args, layout)
 
-    def checkpoint(resume=None):
-        best = max(history, key=lambda row: row["test_acc"])["epoch"]
-        return make_checkpoint("teacher", arch, weights(product), args, identity, device,
-                               data=data.describe(), metrics=dict(history=history, best_epoch=best)) | (resume or {})
+    # optimizer: its rate is a tensor, which a recorded step reads anew at each replay
+    lr = torch.tensor(args.lr, device=device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, args.momentum, nesterov=args.nesterov,
+        weight_decay=args.weight_decay, fused=device.type == "cuda")
 
-    log = Log(args, log_file, dict(
-        teacher=f"ResNet-{args.depth}, width {args.width}, {stem} stem, {sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}",
-        data=str(data), **describe_run(args, device, precision)), history)
-    with log:
+    # resume: weights, momentum, scaler and history of an interrupted run
+    history = run.restore(model, optimizer, scaler)
+
+    # one training step, over buffers that are made once
+    draw = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy, over the steps
+
+    def step():
+        images, labels = batches.cut(draw)                  # (B, C, H, W) uint8, (B,)
+        with autocast:
+            scores = net(data.normalize(images)).to(dtype)  # (B, K)
+            loss = F.cross_entropy(scores, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        accuracy = (scores.argmax(1) == labels).to(dtype).mean()
+        sums.add_(torch.stack([loss.detach(), accuracy]))
+
+    train_step = recorded(step) if can_record(args, device) else step
+
+    # loop
+    parameters = sum(p.numel() for p in model.parameters())
+    run.header(
+        teacher=f"ResNet-{args.depth}, width {args.width}, {stem} stem, {parameters:,} parameters",
+        data=str(data), **describe_run(args, device))
+    with run:
         for epoch in range(len(history), args.epochs):
             net.train()
-            began, sums = time.time(), torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
-            for step, (x, target) in enumerate(batches(data, args, epoch, rank(), world_size())):
-                optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + (step + 0.5) / steps)
-                with autocast:
-                    logits = net(data.normalize(x)).to(dtype)
-                    loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                follow(epoch * steps + step)
-                sums += torch.stack([loss.detach(), (logits.argmax(1) == target.argmax(1)).to(dtype).mean()])
-                log.step(epoch, step + 1, steps, sums, time.time() - began)
-            loss, accuracy = epoch_means(sums, steps)
-            seconds = time.time() - began
+            began = time.time()
+            sums.zero_()
+            for i, drawn in enumerate(batches.draw(epoch)):
+                rate = learning_rate(args, epoch + (i + 0.5) / batches.steps)
+                lr.fill_(rate)
+                draw.copy_(drawn)
+                train_step()
+                run.progress(epoch, i + 1, batches.steps, sums)
+            loss, accuracy = epoch_means(sums, batches.steps)
+            trained = time.time() - began
 
-            product.eval()
+            model.eval()
             with autocast:
-                test_acc, test_loss = evaluate(lambda x, _: product(data.normalize(x)), data)
-            check_finite(product, (loss, test_loss), args, epoch)
-            history.append(dict(epoch=epoch + 1, loss=loss, train_acc=100 * accuracy, test_loss=test_loss, test_acc=test_acc,
-                                lr=optimizer.param_groups[0]["lr"], images_per_s=steps * args.batch_size / seconds, seconds=time.time() - began))
-            log.epoch(history[-1])
-            log.save_last(epoch + 1, lambda: checkpoint(resume_state(model, product, optimizer, scaler)))
-        log.finish(checkpoint(), f"{args.out}: test accuracy {history[-1]['test_acc']:.2f}%, best epoch {max(r['test_acc'] for r in history):.2f}%")
+                test_acc, test_loss = evaluate(
+                    lambda images, index: model(data.normalize(images)), data)
+            check_finite(model, (loss, test_loss), args, epoch)
+            row = dict(
+                epoch=epoch + 1, loss=loss, train_acc=100 * accuracy,
+                test_loss=test_loss, test_acc=test_acc, lr=rate,
+                images_per_s=batches.steps * args.batch_size / trained,
+                seconds=time.time() - began)
+            run.end_epoch(row, arch, model, optimizer, scaler)
+
+        # save: the last weights; then what to run next
+        run.finish(arch, model, f"python transfer_init.py --src {args.out}")
 
 
-# ------------------------------------------------------------------------------------------- shared: flags and errors
+# ----------------------------------------------------------------------- shared: flags and errors
 class Parser(argparse.ArgumentParser):
     """argparse whose error is one line, without the usage; abbreviated flags are refused."""
 
+    class Formatter(argparse.HelpFormatter):
+        def _get_help_string(self, action):
+            silent = action.default in (None, argparse.SUPPRESS) or action.nargs == 0
+            return action.help if silent else f"{action.help} (default %(default)s)"
+
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=self.Formatter, **kwargs)
 
     def error(self, message):
         fail(message)
 
+    def first_pass(self, argv):
+        """What decides the defaults of the others, read before them; --help waits for these."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+
+
+def parse_with_recipe(p, argv, recipes, digits):
+    """Two passes: the first reads what decides the defaults, the second everything.
+
+    So --help shows the values that will run. Ends with one line where flags contradict each other.
+    """
+    first = p.first_pass(argv)
+    recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
+    epochs = first.epochs or recipe["epochs"]
+    p.set_defaults(**{k: v for k, v in recipe.items() if p.get_default(k) is None})
+    p.set_defaults(milestones=",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8)))
+    if first.milestones:
+        p.set_defaults(schedule="step")
+    args = p.parse_args(argv)
+    if first.milestones and args.schedule != "step":
+        fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
+    if args.nesterov and not args.momentum:
+        fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} "
+             f"processes: give a multiple of {world}")
+    return args
+
 
 def number(kind, low, high, above=False):
-    """An argparse type: an int or a float from `low` (itself excluded where `above`) to `high`; NaN is neither."""
+    """An argparse type: an int or float from `low` (excluded where `above`) to `high`, no NaN."""
     def parse(text):
         try:
             value = kind(text)
@@ -662,43 +760,50 @@ def number(kind, low, high, above=False):
             value = math.nan
         if not (low < value <= high or (value == low and not above)):
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:.7g}")
+            least = f"above {low:g} and up" if above else f"from {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} {least} to {high:.7g}")
         return value
     return parse
 
 
 def milestones(text):
     try:
-        epochs = [int(e) for e in text.split(",")]
+        epochs = [float(e) for e in text.split(",")]
     except ValueError:
-        epochs = [0]
-    if epochs != sorted(set(epochs)) or epochs[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be rising whole numbers, as in 60,120,160")
+        epochs = [0.0]
+    if epochs != sorted(set(epochs)) or not 0 < epochs[0] <= epochs[-1] < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be rising epochs, as in 60,120,160")
     return epochs
 
 
 def fail(message, code=2):
-    """End with one line on stderr: code 2 for the user's mistake, 1 for the environment's failure."""
+    """End with one line on stderr: code 2 for the user's mistake, 1 for the environment's."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def run(main):
-    """The entry point of a script: SIGTERM and Ctrl-C end it at once, with one line; so does want of memory."""
+def run_script(main):
+    """The entry point of a script: whatever ends it says so in one line."""
+    for stream in (sys.stdout, sys.stderr):  # no character of ours ends a run
+        stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: the same command starts again", file=sys.stderr, flush=True)
-        os._exit(130)
-    except RuntimeError as error:  # on GPUs torch.OutOfMemoryError, on CPUs no kind of its own
+        if rank() == 0:
+            print("interrupted: the same command starts again", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: no other process and no GPU is waited for
+    except RuntimeError as error:  # want of memory; on CPUs it has no class of its own
         if "allocate" not in str(error):
             raise
-        fail(f"out of memory ({str(error).splitlines()[0][:120]}): lower --batch-size, --width or --T", 1)
+        what = str(error).splitlines()[0][:120]
+        fail(f"out of memory ({what}): lower --batch-size, --width or --T", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------ shared: processes and precision
+# ------------------------------------------------------- shared: processes, device and precision
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -707,111 +812,160 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def init_distributed(args):
-    """torchrun's environment (or its absence) and --device -> the device of this process."""
+def setup(args):
+    """Processes, device and precision, from torchrun's environment, --device and --precision.
+
+    Returns (device, dtype of the parameters, autocast context, gradient scaler), and leaves in
+    args.precision what "auto" meant here, which is part of a run's identity.
+    """
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         fail("argument --device: cuda asked for, and PyTorch sees no GPU")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes: give a multiple of {world}")
     if world > 1 and not dist.is_initialized():
-        # torchrun's store outlives its workers: restarted ones may read the addresses of the dead, unless
-        # every attempt has a prefix. several nodes don't count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
+        # torchrun's store outlives its workers: restarted ones may read the addresses of the dead
+        # unless every attempt has a prefix. several nodes don't count their attempts alike: there
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if alone else ""
         store, _, _ = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store), rank=rank(), world_size=world)
-    return device
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store),
+            rank=rank(), world_size=world)
 
-
-def device_name(device):
-    device = torch.device(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
-
-
-def set_precision(args, device):
-    """(dtype of the parameters, autocast context, gradient scaler) for --precision; also the flags of cuDNN."""
-    precision = args.precision
-    if precision == "auto":
-        gpu_has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if gpu_has or device.type == "cpu" and cpu_multiplies_bf16() else "fp16" if device.type == "cuda" else "fp32"
-    args.precision = precision  # what auto meant here belongs to the run's identity
+    if args.precision == "auto":
+        args.precision = native_precision(device)
     torch.backends.cudnn.benchmark = not args.deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    # fp32 means fp32, not TF32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, half) if half else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    return precision, torch.float64 if precision == "fp64" else torch.float32, autocast, scaler
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    dtype = torch.float64 if args.precision == "fp64" else torch.float32
+    return device, dtype, autocast, scaler
 
 
-def cpu_multiplies_bf16():
-    """Whether this processor has bf16 instructions (AVX512_BF16, AMX): 1.5 to 2 times as fast as fp32; emulated, bf16 is slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def native_precision(device):
+    """What "auto" means: bf16 where it is multiplied as it is, since emulated it is slower."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def device_name(device):
+    cuda = device.type == "cuda"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if cuda else "cpu"
 
 
 def memory_format(device, width):
-    """Channels-last, the faster one, but for narrow networks on CPUs: there oneDNN (in PyTorch 2.14) writes out of bounds in
-    the weight gradient of a strided 1x1 convolution with fewer input channels than a vector register holds."""
+    """Channels-last, the faster one, but for narrow networks on CPUs.
+
+    There oneDNN (in PyTorch 2.14) writes out of bounds in the weight gradient of a strided 1x1
+    convolution with fewer input channels than a vector register holds.
+    """
     lanes = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
-    return torch.channels_last if device.type == "cuda" or width >= lanes else torch.contiguous_format
+    wide = device.type == "cuda" or width >= lanes
+    return torch.channels_last if wide else torch.contiguous_format
 
 
 def parallel(model, args, layout):
     """Compiled where asked for; gradients averaged over the processes where there are several."""
-    if args.compile:
-        model = torch.compile(model, options=dict(layout_optimization=layout == torch.channels_last))  # not by itself, see above
+    if args.compile:  # the memory format is ours to choose, see above
+        options = dict(layout_optimization=layout == torch.channels_last)
+        model = torch.compile(model, options=options)
     if world_size() > 1:
         ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-        model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)  # statistics agree already
+        # statistics agree already: DDP need not send them
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     return model
 
 
-def averaged(model, args, steps):
-    """(the network that is evaluated and saved, a function to call after each step of the run with its number): `model` itself,
-    or with --ema a copy of it whose weights and statistics follow as an exponential mean over that share of the run."""
-    if args.ema == 0:
-        return model, lambda step: None
-    product, span = copy.deepcopy(model), max(args.ema * args.epochs * steps, 1)
-    mine, theirs = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (product, model))
-    return product, lambda step: torch._foreach_lerp_(mine, theirs, 1 / min(step + 1, span))  # at first the plain mean: no share of the start
+def can_record(args, device):
+    """Several processes and fp16's scaler ask the host in the middle of a step."""
+    on_gpu = args.graph and device.type == "cuda"
+    return on_gpu and world_size() == 1 and args.precision != "fp16"
+
+
+def recorded(step):
+    """`step` as one launch: run as it is three times, recorded as a CUDA graph, then replayed.
+
+    The first calls settle what a graph cannot: momentum buffers, Triton's compilation, cuDNN's
+    search. They run on the stream that records, so that memory is not shared with another.
+    """
+    stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if calls == 4:  # recording runs nothing
+            with torch.cuda.graph(graph, stream=stream):
+                step()
+        graph.replay()
+    return call
 
 
 def epoch_means(sums, steps):
     """An epoch's sums over its steps -> means over steps and processes."""
+    total = sums.clone()
     if world_size() > 1:
-        dist.all_reduce(sums)
-    return (sums / steps / world_size()).tolist()
+        dist.all_reduce(total)
+    return (total / steps / world_size()).tolist()
 
 
 def check_finite(model, losses, args, epoch):
-    """End the run after an epoch in which a loss or a weight stopped being finite (a spiking layer of NaNs is merely silent)."""
-    bad = ["the loss"] * (not math.isfinite(sum(losses))) + [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
+    """End the run after an epoch in which a loss or a weight stopped being finite.
+
+    The weights too: a spiking layer of NaNs is merely silent.
+    """
+    bad = [] if math.isfinite(sum(losses)) else ["the loss"]
+    bad += [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
     if bad:
-        kept = f"{args.out}.last keeps an earlier epoch" if os.path.exists(f"{args.out}.last") else "no earlier epoch was saved"
-        fail(f"{bad[0]} is not finite in epoch {epoch + 1}; {kept}. Try a smaller --lr, --warmup 0.05, or --precision fp32", 1)
+        fail(f"{bad[0]} is not finite in epoch {epoch + 1}: try {remedies(args)}", 1)
 
 
-# ----------------------------------------------------------------------------------- shared: checkpoints and restarts
-FORMAT = 1  # of the checkpoint: raised when a reader of the old one would misread the new
-SAVE_EVERY = 30  # seconds, at least, between two writes of <out>.last
+def remedies(args):
+    """What this run can change about a divergence."""
+    tips = [f"--lr below {args.lr:g}"]
+    if args.warmup < 0.05:
+        tips.append("--warmup 0.05")
+    if args.precision in ("bf16", "fp16"):
+        tips.append("--precision fp32")
+    return " or ".join(tips)
+
+
+# ------------------------------------------------------------------------- shared: checkpoints
+FORMAT = 1  # raised when a reader of the old one would misread the new
 STAGES = {"teacher": "train_teacher.py", "init": "transfer_init.py", "idsnn": "train_idsnn.py"}
 
 
-def write_atomically(path, payload):
-    """torch.save to memory, write beside the target, fsync, replace: a kill leaves the old file or the new one."""
+def serialise(payload):
+    """torch.save to memory, so that a full disk is met by plain bytes."""
     buffer = io.BytesIO()
     torch.save(payload, buffer)
+    return buffer.getbuffer()
+
+
+def write_atomically(path, content):
+    """Write beside the target, fsync, replace: a kill leaves the old file or the new one."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -819,55 +973,67 @@ def write_atomically(path, payload):
         Path(temporary).unlink(missing_ok=True)
 
 
+def save_checkpoint(path, checkpoint):
+    try:
+        write_atomically(path, serialise(checkpoint))
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); what stood there before is intact", 1)
+
+
 def read(path):
-    """torch.load of tensors and plain values alone, after the archive's checksums: torch.load takes most flipped bits for data."""
+    """torch.load of tensors and plain values alone, after the archive's checksums.
+
+    torch.load takes most flipped bits for data.
+    """
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(damaged)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def save_checkpoint(path, checkpoint):
-    try:
-        write_atomically(path, checkpoint)
-    except OSError as error:
-        fail(f"cannot write {path} ({error.strerror}); what stood there before is intact", 1)
+def load_checkpoint(path, stage=None, remedy="copy or make it again"):
+    """Read a checkpoint of `stage` (a key of STAGES; None: any): its CRCs, format and stage checked.
 
-
-def load_checkpoint(path, stage=None, bare=False, remedy="copy or make it again"):
-    """Read a checkpoint of `stage` (a key of STAGES; None: any), checked: its CRCs, its format, its stage.
-
-    weights_only: a stranger's file cannot run code. bare=True lets a plain state dict (torchvision's) through.
-    Every defect ends in one line that names the file.
+    weights_only: a stranger's file cannot run code. Every defect ends in one line that names it.
     """
-    wanted = f"a checkpoint of {STAGES[stage]}" if stage else "a checkpoint of this project"
+    wanted = f"a checkpoint of {STAGES[stage] if stage else 'this project'}"
     try:
         checkpoint = read(path)
     except FileNotFoundError:
-        fail(f"{path} does not exist: {f'{STAGES[stage]} makes it' if stage else 'give a checkpoint'}")
+        fail(f"{path} does not exist: {STAGES.get(stage, 'each stage')} makes it")
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror or error})")
-    except Exception:  # zipfile and the unpickler raise a dozen kinds on truncated, foreign and malicious files
+    except Exception:  # zipfile and the unpickler raise a dozen kinds on damaged and foreign files
         fail(f"{path} is truncated, damaged or not {wanted}: {remedy}")
-    if not isinstance(checkpoint, dict):
-        checkpoint = {}
-    if bare and isinstance(checkpoint.get("conv1.weight"), torch.Tensor):
-        return {"format": FORMAT, "stage": stage, "model": checkpoint}
-    if checkpoint.get("format", FORMAT) != FORMAT:
-        fail(f"{path} has checkpoint format {checkpoint['format']}, this program reads {FORMAT}: update the program, or make the file again")
-    if not {"format", "stage", "arch", "model", "config", "data", "metrics", "provenance"} <= checkpoint.keys():
+    keys = {"format", "stage", "arch", "model", "config", "data", "metrics", "provenance"}
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         fail(f"{path} is not {wanted}: {remedy}")
+    if checkpoint["format"] != FORMAT:
+        fail(f"{path} has checkpoint format {checkpoint['format']}, this program reads {FORMAT}: "
+             "update the program, or make the file again")
     if checkpoint["stage"] not in ([stage] if stage else STAGES):
-        fail(f"{path} was made by {STAGES.get(checkpoint['stage'], checkpoint['stage'])}, needed is {wanted}: {remedy}")
+        made_by = STAGES.get(checkpoint["stage"], checkpoint["stage"])
+        fail(f"{path} was made by {made_by}, needed is {wanted}: {remedy}")
     return checkpoint
 
 
-def check_classes(classes, described, who, path):
-    """End the run where `described`, the `data` of a checkpoint, names other classes, or the same ones in another order."""
-    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
-    for i, (ours, theirs) in enumerate(zip(classes, known)):
-        if ours != theirs:
-            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: their labels mean different things")
+def make_checkpoint(stage, arch, model, args, identity, device, data=None, parents=None,
+                    history=()):
+    """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
+    best = max(history, key=lambda row: row["test_acc"], default={}).get("epoch")
+    versions = dict(python=sys.version.split()[0], torch=str(torch.__version__))
+    return dict(
+        format=FORMAT, stage=stage, arch=arch, model=weights(model), config=dict(vars(args)),
+        data=data, metrics=dict(history=list(history), best_epoch=best),
+        provenance=dict(
+            identity=identity, parents=parents or {}, versions=versions,
+            device=device_name(device), argv=sys.argv[1:], world_size=world_size(),
+            seed=args.seed))
+
+
+def weights(model):
+    """state_dict on the CPU; fp32 (fp64 in an fp64 run)."""
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
 
 
 def sha256_file(path):
@@ -875,195 +1041,273 @@ def sha256_file(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def make_checkpoint(stage, arch, model, args, identity, device="cpu", *, data=None, parents=None, metrics=None):
-    """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
-    versions = dict(python=sys.version.split()[0], torch=str(torch.__version__))
-    return dict(format=FORMAT, stage=stage, arch=arch, model=model, config=dict(vars(args)), data=data, metrics=metrics or dict(history=[]),
-                provenance=dict(identity=identity, parents=parents or {}, versions=versions, device=device_name(device),
-                                argv=sys.argv[1:], world_size=world_size(), seed=args.seed))
+def parent_path(recorded, beside):
+    """Where a parent recorded in the file `beside` is now: as recorded, else next to that file."""
+    moved = Path(beside).parent / Path(recorded).name
+    return str(moved) if not os.path.exists(recorded) and moved.exists() else str(recorded)
 
 
-def weights(model):
-    """state_dict on the CPU, without the prefixes of DDP and torch.compile; fp32 (fp64 in an fp64 run)."""
-    names = ((k.removeprefix("module.").removeprefix("_orig_mod."), v) for k, v in model.state_dict().items())
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in names}
+def check_classes(classes, described, who, path):
+    """End where `described`, the `data` of a checkpoint, has other classes or another order."""
+    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
+    for i, (ours, theirs) in enumerate(zip(classes, known)):
+        if ours != theirs:
+            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: "
+                 "their labels mean different things")
 
 
-def resume_state(model, product, optimizer, scaler):
-    """What <out>.last holds beyond a checkpoint. The data need nothing: they are drawn from (seed, epoch)."""
-    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    raw = dict(model=weights(model)) if product is not model else {}
-    return dict(resume=dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng) | raw)
-
-
-def restore(checkpoint, model, product, optimizer, scaler):
-    """Put the state of <out>.last in place; returns the history so far."""
-    product.load_state_dict(checkpoint["model"])
-    model.load_state_dict(checkpoint["resume"].get("model", checkpoint["model"]))
-    optimizer.load_state_dict(checkpoint["resume"]["optimizer"])
-    scaler.load_state_dict(checkpoint["resume"]["scaler"])
-    torch.set_rng_state(checkpoint["resume"]["rng"][0])
-    if torch.cuda.is_available() and len(checkpoint["resume"]["rng"]) > 1:
-        torch.cuda.set_rng_state(checkpoint["resume"]["rng"][1])
-    return checkpoint["metrics"]["history"]
+# --------------------------------------------------------------------------------- shared: runs
+# what does not decide a run's result, or is compared by content: data and parents by their hashes
+NOT_COMPARED = ("out", "fresh", "data_dir", "device", "graph", "dataset", "src", "init", "teacher")
 
 
 def run_identity(args, stage, data=None, parents=None):
-    """All that decides the result of a run, for telling whether an earlier one was the same."""
+    """All that decides the result of a run, to tell whether an earlier one was the same."""
     here, scripts = Path(__file__).parent, list(STAGES.values())
-    sources = ["kernels/lif.py", "kernels/bn_lif.py", *scripts[: 1 + scripts.index(STAGES[stage])]]
-    return dict(config={k: v for k, v in vars(args).items() if k not in ("out", "fresh", "profile", "data_dir", "device")},
-                sources={s: sha256_file(here / s) for s in sources if (here / s).exists()},
-                data=data and data.sha256, parents={name: parent["sha256"] for name, parent in (parents or {}).items()})
+    used = ["kernels/lif.py", "kernels/bn_lif.py", *scripts[: 1 + scripts.index(STAGES[stage])]]
+    # the syntax tree: comments and spaces don't count
+    trees = {name: ast.dump(ast.parse((here / name).read_bytes())) for name in used}
+    return dict(
+        config={k: v for k, v in vars(args).items() if k not in NOT_COMPARED}, argv=sys.argv[1:],
+        sources={k: hashlib.sha256(tree.encode()).hexdigest() for k, tree in trees.items()},
+        data=data and data.sha256,
+        parents={name: parent["sha256"] for name, parent in (parents or {}).items()})
+
+
+def differences(old, new):
+    """What differs between two identities, in the user's own flags; edited sources aside."""
+    argv = [*old.get("argv", []), *new["argv"]]
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a[:2] == "--"}
+    given |= {flag.removeprefix("no_") for flag in given}
+    changed = {k: (old["config"].get(k), v) for k, v in new["config"].items()
+               if old["config"].get(k) != v and (k in old["config"] or k in given)}
+    # defaults follow from flags: what nobody gave counts only if nothing given differs
+    named = [k for k in changed if k in given] or list(changed)
+    told = [f"--{k.replace('_', '-')} was {changed[k][0]}, is {changed[k][1]}" for k in named]
+    if old["data"] != new["data"]:
+        told.append("--dataset has other images or labels")
+    for name, digest in new["parents"].items():
+        if old["parents"].get(name) != digest:
+            told.append(f"the {name} is another file")
+    return told
 
 
 def earlier_run(args, stage, identity):
-    """Resume state that the same command left at <out>.last, or None. Ends here if <out> is finished, refuses if it differs."""
+    """Resume state that the same command left at <out>.last, or None; ends if <out> is finished.
+
+    Another run's files are refused. An edited source is welcome: a resumed run only says so, a
+    finished result asks for --fresh.
+    """
     if os.path.isfile(args.out) and sha256_file(args.out) in identity["parents"].values():
         fail(f"argument --out: {args.out} is what this run starts from: give another name")
-    if args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # a restarted worker goes on all the same
-        if rank() == 0 and os.path.exists(f"{args.out}.last"):
-            os.unlink(f"{args.out}.last")
-        return None
-    for path in [f"{args.out}.last"] + [args.out] * (not args.fresh):
-        if not os.path.exists(path):
-            continue
-        checkpoint = load_checkpoint(path, stage, remedy="--fresh starts over, another --out keeps it")
-        old = checkpoint["provenance"]["identity"]
-        changed = [f"--{k.replace('_', '-')} was {old['config'].get(k)}, is {v}" for k, v in identity["config"].items() if old["config"].get(k) != v]
-        changed += [f"{s} was edited" for s, h in identity["sources"].items() if old["sources"].get(s) != h]
-        changed += ["the data set changed"] * (old["data"] != identity["data"])
-        changed += [f"the {p} changed" for p, h in identity["parents"].items() if old["parents"].get(p) != h]
-        if changed:
-            fail(f"{path} is of another run ({'; '.join(changed)}): --fresh starts over, another --out keeps both")
-        if path == args.out:
-            if rank() == 0:
-                print(f"{args.out} is finished, by the same command and source: nothing to do (--fresh makes it anew)")
-            raise SystemExit(0)
-        return checkpoint
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------- shared: the log
-def claim(out):
-    """Open <out>.jsonl for this run alone: a second run with the same --out refuses, and so does a folder that cannot be written."""
-    if rank() != 0:
-        return None
-    if os.path.isdir(out):
-        fail(f"argument --out: {out} is a folder: give a file")
-    try:
-        file = open(f"{out}.jsonl", "a")
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in (out, f"{out}.last"):
-            open(f"{path}.tmp", "wb").close()  # can a checkpoint be written here? and away with what a killed run left
-            os.unlink(f"{path}.tmp")
-    except BlockingIOError:
-        fail(f"argument --out: another run is writing {out}: wait for it, or give another name")
-    except OSError as error:
-        fail(f"argument --out: cannot write {out} ({error.strerror}): give a file in a folder that exists and can be written")
-    return file
-
-
-def describe_run(args, device, precision):
-    """Header lines of a training run: where it computes, and by what recipe."""
-    schedule = f"x0.1 at {', '.join(f'{m:g}' for m in args.milestones)}" if args.schedule == "step" else args.schedule
-    return dict(device=f"{device_name(device)}, {precision}, {world_size()} process{'es' * (world_size() > 1)}, torch {torch.__version__}",
-                recipe=f"{args.epochs} epochs, batch {args.batch_size}, SGD lr {args.lr:g}, {schedule}, warm-up {args.warmup:g}, "
-                       f"{'Nesterov ' * args.nesterov}momentum {args.momentum:g}, weight decay {args.weight_decay:g}, "
-                       + f"label smoothing {args.label_smoothing:g}, " * (args.label_smoothing > 0)
-                       + f"weights averaged over {args.ema:.0%} of the run, " * (args.ema > 0) + f"seed {args.seed}",
-                images=f"crop padding {args.crop_padding}, flip {'yes' if args.flip else 'no'}{', CutMix' * (args.aug == 'strong')}")
-
-
-def shares(events, step, steps, gpu):
-    """Rows (ms a step, what) of a profile over `steps` steps of `step` ms: the kernels of a GPU, or the operations of a CPU."""
-    here = DeviceType.CUDA if gpu else DeviceType.CPU  # a GPU's time stands at its kernels, and again at the operations behind them
-    spent = {f"{e.key}, {e.count / steps:.0f} calls": (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000 / steps
-             for e in events if e.device_type == here and not (gpu and e.is_user_annotation)}
-    large = sorted(((ms, what) for what, ms in spent.items() if ms > 0.01 * step), reverse=True)
-    return large + [(sum(spent.values()) - sum(ms for ms, _ in large), "what takes less than 1% each"),
-                    (step - sum(spent.values()), "nothing computes: Python, or waiting")]
-
-
-class Log:
-    """A run's header, progress bar, one row an epoch, the same rows in <out>.jsonl, and its last words."""
-
-    def __init__(self, args, file, header, history):
-        self.args, self.file, self.saved, self.saved_at, self.drawn_at = args, file, len(history), time.time(), 0.0
-        self.console = Console(quiet=rank() != 0, highlight=False, soft_wrap=True)
-        if file:
-            file.truncate(0)  # written anew from the history: no epoch twice after a restart
-            for row in [dict(run=header | dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])))] + history:
-                self.write(row)
-        for name, text in header.items():
-            self.console.print(f"[bold]{name:>10}[/]  {escape(text)}")
-        if history:
-            self.console.print(f"[bold]   resumed[/]  {args.out}.last, after epoch {len(history)}")
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
-                            console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("", total=args.epochs, completed=len(history), status="")
-        self.titled = False
-
-    def write(self, row):
-        try:
-            os.write(self.file.fileno(), (json.dumps(row) + "\n").encode())  # unbuffered: nothing is left that could fail in close()
-        except OSError as error:
-            fail(f"cannot write {self.file.name} ({error.strerror}); the checkpoints are intact: the same command goes on", 1)
-
-    def step(self, epoch, done, steps, sums, seconds):
-        """Move the bar, at most twice a second: reading `sums` (of loss and accuracy over the steps done) waits for the device."""
-        if self.args.profile:
-            self.profile(done, steps)
-        if not self.bar.disable and time.time() - self.drawn_at > 0.5:
-            self.drawn_at = time.time()
-            loss, accuracy = (sums[:2] / done).tolist()
-            self.bar.update(self.task, completed=epoch + done / steps, description=f"epoch {epoch + 1}", refresh=True,
-                            status=f"loss {loss:.3f}  {100 * accuracy:.1f}%  {done * self.args.batch_size / seconds:,.0f} images/s")
-
-    def profile(self, done, steps, warmup=10, active=10):
-        """Called after each step of an epoch: print the operations' shares of the time of `active` steps, and end the run."""
-        if steps < warmup + active:
-            fail(f"argument --profile: needs {warmup + active} steps an epoch, these are {steps}: lower --batch-size")
-        if done not in (warmup, warmup + active):
-            return
-        if gpu := torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        if done == warmup:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own reports of starting and stopping
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-            self.profiled_at = time.time()
-            return
-        step = 1000 * (time.time() - self.profiled_at) / active  # ms
-        self.profiler.stop()
-        for ms, what in shares(self.profiler.key_averages(), step, active, gpu):
-            self.console.print(f"{ms:9.2f} ms {ms / step:6.1%}  {escape(what)}")
-        self.console.print(f"{step:9.2f} ms         a step: {1000 * self.args.batch_size / step:,.0f} images/s with the profiler on")
-        raise SystemExit(0)
-
-    def epoch(self, row):
-        """One line of the table, whose columns are the row's own keys, and one of the .jsonl."""
-        shown = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
-        form = {"images_per_s": ",.0f", "lr": ".4g", "epoch": "d"}
-        if not self.titled:
-            self.console.print("  ".join(f"{k:>7}" for k in shown), style="bold")
-            self.titled = True
-        self.console.print("  ".join(f"{v:>{max(7, len(k))}{form.get(k, '.2f')}}" for k, v in shown.items()))
-        if self.file:
-            self.write(row)
-
-    def save_last(self, epochs_done, make_checkpoint):
-        """<out>.last, at the end of an epoch, at most every SAVE_EVERY seconds."""
-        if rank() == 0 and time.time() - self.saved_at > SAVE_EVERY:
-            save_checkpoint(f"{self.args.out}.last", make_checkpoint())
-            self.saved, self.saved_at = epochs_done, time.time()
-
-    def finish(self, checkpoint, last_words):
+    last = f"{args.out}.last"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if args.fresh and not restarted:
         if rank() == 0:
-            save_checkpoint(self.args.out, checkpoint)
+            Path(last).unlink(missing_ok=True)
+        return None
+    path = last if os.path.exists(last) else args.out
+    if not os.path.exists(path) or (args.fresh and path == args.out):
+        return None
+    checkpoint = load_checkpoint(path, stage, remedy="--fresh starts over, another --out keeps it")
+    old = checkpoint["provenance"]["identity"]
+    if changed := differences(old, identity):
+        fail(f"{path} is of another run ({'; '.join(changed)}): "
+             "--fresh starts over, another --out keeps both")
+    edited = [k for k, v in identity["sources"].items() if old["sources"].get(k) != v]
+    if path == last:
+        if edited and rank() == 0:
+            print(f"note: {', '.join(edited)} was edited since {last} was written; going on")
+        return checkpoint
+    if edited:
+        fail(f"{path} was made before {', '.join(edited)} was edited: "
+             "--fresh makes it anew, another --out keeps both")
+    if rank() == 0:
+        print(f"{path} is finished, by the same command and source: nothing to do "
+              "(--fresh makes it anew)")
+    raise SystemExit(0)
+
+
+def describe_run(args, device):
+    """Header lines of a training run: where it computes, and by what recipe."""
+    fall = args.schedule
+    if fall == "step":
+        fall = "x0.1 at " + ", ".join(f"{m:g}" for m in args.milestones)
+    processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+    nesterov = "Nesterov " if args.nesterov else ""
+    epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
+    return dict(
+        device=f"{device_name(device)}, {args.precision}, {processes}, torch {torch.__version__}",
+        recipe=f"{epochs}, batch {args.batch_size}, SGD lr {args.lr:g}, {fall}, "
+               f"warm-up {args.warmup:g}, {nesterov}momentum {args.momentum:g}, "
+               f"weight decay {args.weight_decay:g}, seed {args.seed}",
+        images=f"crop padding {args.crop_padding}, {'flip' if args.flip else 'no flip'}")
+
+
+class TrainingRun:
+    """What a training run leaves behind, and what it shows.
+
+    <out>        the checkpoint, when all epochs are done
+    <out>.last   resume state: of every printed epoch, written when writing stays under a fiftieth
+                 of the run's time, and else when the run is interrupted; deleted at the end
+    <out>.jsonl  a header, then one line an epoch; its lock keeps two runs from writing one file
+
+    Only the process of rank 0 writes and prints. history: one dict an epoch.
+    """
+    # an epoch's row on the screen: title, key, format; 80 columns with the student's firing rate
+    COLUMNS = (("epoch", "epoch", "d"), ("loss", "loss", ".3f"), ("train %", "train_acc", ".2f"),
+               ("test loss", "test_loss", ".3f"), ("test %", "test_acc", ".2f"),
+               ("firing %", "firing", ".2f"), ("lr", "lr", ".2g"),
+               ("images/s", "images_per_s", ",.0f"), ("seconds", "seconds", ".0f"))
+
+    def __init__(self, stage, args, data, parents=None):
+        if args.batch_size > len(data.train_y):
+            fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} "
+                 "training images")
+        self.stage, self.args, self.data, self.parents = stage, args, data, parents
+        self.log = self.lock() if rank() == 0 else None
+        self.identity = run_identity(args, stage, data, parents)
+        self.earlier = earlier_run(args, stage, self.identity)
+        self.history = self.earlier["metrics"]["history"] if self.earlier else []
+        self.resumed = len(self.history)
+        self.pending = None            # resume state that is not written yet, serialised
+        self.written = self.resumed    # epochs that <out>.last holds
+        self.began, self.spent, self.cost = time.time(), 0.0, 0.0  # seconds; in writing; for one
+        self.drawn, self.titled = 0.0, False
+        self.console = Console(quiet=rank() != 0, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]} of {task.total}"), BarColumn(16),
+            TextColumn("{task.fields[status]}"), TimeRemainingColumn(), TextColumn("left"),
+            console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(
+            "", total=args.epochs, completed=self.resumed, epoch=self.resumed + 1, status="")
+
+    def lock(self):
+        """Open the log for this run alone; refuse a folder in which nothing can be written."""
+        out = self.args.out
+        if os.path.isdir(out):
+            fail(f"argument --out: {out} is a folder: give a file")
+        try:
+            log = open(f"{out}.jsonl", "a")
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (out, f"{out}.last"):  # away with what a killed run left
+                open(f"{path}.tmp", "wb").close()
+                os.unlink(f"{path}.tmp")
+        except BlockingIOError:
+            fail(f"argument --out: another run is writing {out}: wait for it, or give another name")
+        except OSError as error:
+            fail(f"argument --out: cannot write {out} ({error.strerror}): "
+                 "give a file in a folder that exists and can be written")
+        return log
+
+    def restore(self, model, optimizer, scaler):
+        """Put the state of an interrupted run in place; returns the history so far."""
+        if self.earlier is None:
+            return self.history
+        lr, state = optimizer.param_groups[0]["lr"], self.earlier["resume"]
+        try:
+            model.load_state_dict(self.earlier["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            buffers = [(p, s["momentum_buffer"]) for p, s in optimizer.state.items()
+                       if s.get("momentum_buffer") is not None]
+            assert all(p.shape == buffer.shape for p, buffer in buffers), "momentum of other shapes"
+        except (RuntimeError, ValueError, AssertionError) as error:
+            why = " ".join(str(error).split())[:160]
+            fail(f"{self.args.out}.last does not fit the edited network ({why}): --fresh starts over")
+        optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
+        scaler.load_state_dict(state["scaler"])
+        self.earlier = None
+        return self.history
+
+    def header(self, **facts):
+        """Print the facts of the run; write the log anew from the history: no epoch twice."""
+        for name, text in facts.items():
+            self.console.print(f"[bold]{name:>10}[/]  {escape(text)}")
+        if self.resumed:
+            print_resumed = f"{self.args.out}.last, after epoch {self.resumed}"
+            self.console.print(f"[bold]   resumed[/]  {print_resumed}")
+        if self.log:
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            self.log.truncate(0)
+            for row in [dict(run=facts | dict(command=command)), *self.history]:
+                self.write_log(row)
+
+    def write_log(self, row):
+        try:  # unbuffered: nothing is left that could fail when the file is closed
+            os.write(self.log.fileno(), (json.dumps(row) + "\n").encode())
+        except OSError as error:
+            fail(f"cannot write {self.log.name} ({error.strerror}); the checkpoints are intact: "
+                 "the same command goes on", 1)
+
+    def progress(self, epoch, done, steps, sums):
+        """Move the bar, at most twice a second: reading `sums` waits for the device."""
+        now = time.time()
+        if done == 1:
+            self.epoch_began = now
+        if self.bar.disable or now - self.drawn < 0.5:
+            return
+        self.drawn = now
+        loss, accuracy = (sums[:2] / done).tolist()
+        speed = (done - 1) * self.args.batch_size / max(now - self.epoch_began, 1e-9)
+        self.bar.update(
+            self.task, completed=epoch + done / steps, epoch=epoch + 1, refresh=True,
+            status=f"loss {loss:.3f}, accuracy {accuracy:.1%}, {speed:,.0f} images/s")
+
+    def end_epoch(self, row, arch, model, optimizer, scaler):
+        """Keep the epoch's state, then print it: an epoch that was printed is kept."""
+        self.history.append(row)
+        if self.log:
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            self.pending = serialise(self.checkpoint(arch, model) | dict(resume=state))
+            if 50 * (self.spent + self.cost) <= time.time() - self.began:
+                self.write_pending()
+            self.write_log(row)
+        columns = [c for c in self.COLUMNS if c[1] in row]
+        if not self.titled:
+            self.console.print("  ".join(f"{title:>6}" for title, _, _ in columns), style="bold")
+            self.titled = True
+        self.console.print(
+            "  ".join(f"{row[key]:>{max(6, len(title))}{form}}" for title, key, form in columns))
+        if self.diverged():
+            self.console.print(f"[yellow]warning: {self.diverged()}[/]")
+
+    def diverged(self):
+        """Words for a test loss far above that of guessing, ln K; "" where all is well."""
+        loss, guessing = self.history[-1]["test_loss"], math.log(len(self.data.classes))
+        if loss < 10 * guessing:
+            return ""
+        return (f"the test loss is {loss:,.0f} where guessing has {guessing:.1f}: "
+                f"try {remedies(self.args)}")
+
+    def checkpoint(self, arch, model):
+        return make_checkpoint(
+            self.stage, arch, model, self.args, self.identity, self.data.train_x.device,
+            self.data.describe(), self.parents, self.history)
+
+    def write_pending(self):
+        began = time.time()
+        try:
+            write_atomically(f"{self.args.out}.last", self.pending)
+        except OSError as error:
+            fail(f"cannot write {self.args.out}.last ({error.strerror}); it holds "
+                 f"{self.written} epochs", 1)
+        self.pending, self.written = None, len(self.history)
+        self.cost = time.time() - began
+        self.spent += self.cost
+
+    def finish(self, arch, model, next_command):
+        """Write <out>, delete <out>.last, say what comes next."""
+        if self.log:
+            save_checkpoint(self.args.out, self.checkpoint(arch, model))
             Path(f"{self.args.out}.last").unlink(missing_ok=True)
-        self.console.print(last_words)
+            self.pending = None
+        if self.diverged():
+            fail(f"{self.args.out} was written, but {self.diverged()}", 1)
+        best = max(row["test_acc"] for row in self.history)
+        self.console.print(
+            f"{self.args.out}: test accuracy {self.history[-1]['test_acc']:.2f}%, best epoch "
+            f"{best:.2f}%; next: {next_command}")
 
     def __enter__(self):
         self.bar.start()
@@ -1071,15 +1315,20 @@ class Log:
 
     def __exit__(self, kind, error, trace):
         self.bar.stop()
-        if self.file:
-            self.file.close()
+        if self.log:
+            if self.pending and kind is not None:  # interrupted, out of memory, not finite
+                self.write_pending()
+            self.log.close()
         if kind is KeyboardInterrupt:
-            again = f"the same command{' without --fresh' * self.args.fresh} goes on"
-            kept = f"{self.args.out}.last holds {self.saved} epochs: {again}" if self.saved else "no epoch was saved yet: the same command starts again"
+            kept = "no epoch was done yet: the same command starts again"
+            if self.written:
+                again = "the same command without --fresh" if self.args.fresh else "the same command"
+                epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
+                kept = f"{self.args.out}.last holds {epochs}: {again} goes on"
             if rank() == 0:
                 print(f"interrupted; {kept}", file=sys.stderr, flush=True)
-            os._exit(130)  # at once: the other processes and the GPU are not waited for
+            os._exit(130)  # at once: no other process and no GPU is waited for
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -39,14 +39,14 @@ from train_teacher import (
     check_classes,
     earlier_run,
     fail,
-    folder_classes,
-    image,
+    list_folder,
     load_checkpoint,
     make_checkpoint,
     number,
     read,
-    run,
+    read_image,
     run_identity,
+    run_script,
     save_checkpoint,
     sha256_file,
     world_size,
@@ -75,12 +75,7 @@ def parse_args(argv=None):
     first = Parser(add_help=False)
     first.add_argument("--src")
     src = first.parse_known_args(argv)[0].src
-    teacher = None
-    width = dataset = "the teacher's"  # for --help alone, where there is no file to ask
-    if src and os.path.isfile(src):
-        teacher = load_teacher(src)
-        width = teacher["arch"]["width"]
-        dataset = teacher["config"].get("dataset", "cifar100")
+    teacher = load_teacher(src) if src and os.path.isfile(src) else None
 
     # second pass: everything. the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
@@ -88,56 +83,54 @@ def parse_args(argv=None):
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
                         "under torchvision's names, of torch.save or safetensors")
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
-                   help="layers of the Spiking ResNet (default 18)")
-    p.add_argument("--width", type=number(int, 1, 4096), default=teacher and width,
-                   help=f"channels of its first stage (default: {width})")
+                   help="layers of the Spiking ResNet")
+    p.add_argument("--width", type=number(int, 1, 4096),
+                   help="channels of its first stage; not given: the teacher's")
     p.add_argument("--block", default="basic", choices=["basic", "sew"],
-                   help="basic: LIF after the residual add (Fig. 1b, default); sew: before it "
-                        "(Fig. 1c)")
+                   help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
     # what is transferred, and from where (paper, section 3.2.2)
     p.add_argument("--block-map", default="spread", choices=["spread", "first"],
                    help="the teacher's block for block j of a stage: at its relative position (the "
-                        "paper's text, default), or block min(j, n-1) (the authors' code)")
+                        "paper's text), or block min(j, n-1) (the authors' code)")
     p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"],
-                   help="downsampling shortcuts: transferred (default), or left fresh as in the "
-                        "authors' code")
+                   help="downsampling shortcuts: transferred, or fresh as in the authors' code")
     p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
-                   help="fully connected layer: fresh, as in the paper (default), or the teacher's")
+                   help="fully connected layer: fresh, as in the paper, or the teacher's")
     # the student's input and its neurons
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
-                   help="the image as current at every step (default), or spikes of probability "
-                        "pixel/255 (Algorithm 1)")
+                   help="the image as current at every step, or spikes of probability pixel/255 "
+                        "(Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
                    help="first convolution; auto: the teacher's, or by the image size of --dataset")
-    add_neuron_flags(p, **asdict(Neuron()))
+    add_neuron_flags(p)
     # the data and the result
-    p.add_argument("--dataset", default=teacher and dataset,
+    p.add_argument("--dataset",
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
-                        f"images (default: {dataset})")
+                        "images; not given: the teacher's")
     p.add_argument("--seed", type=number(int, 0, 99999), default=0,
-                   help="of whatever stays fresh (default 0)")
-    p.add_argument("--out", default="snn_init.pt",
-                   help="checkpoint to write (default snn_init.pt)")
+                   help="of whatever stays fresh")
+    p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
+
+    p.set_defaults(**asdict(Neuron()))
+    if teacher:  # weights from elsewhere name no data set
+        p.set_defaults(width=teacher["arch"]["width"],
+                       dataset=teacher["config"].get("dataset", "cifar100"))
     args = p.parse_args(argv)
     return args, teacher or load_teacher(args.src)
 
 
-def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
-    """The flags of `Neuron`, with these defaults; None: what the file of --init says."""
-    def add(flag, default, help, **kind):
-        # --help shows what will run, or where that is written
-        shown = "as in --init" if default is None else default
-        p.add_argument(flag, default=default, help=f"{help} (default: {shown})", **kind)
-
+def add_neuron_flags(p):
+    """The flags of `Neuron`, for this stage and the next; their defaults are the caller's."""
     positive = number(float, 0, 1e3, above=True)
-    add("--T", T, "time-steps", type=number(int, 1, 32))
-    add("--decay", decay, "share of the potential that a step keeps, exp(-1/tau) of eq. 2",
-        type=number(float, 0, 1))
-    add("--v-th", v_th, "firing threshold, eq. 3", type=positive)
-    add("--lens", lens, "half-width of the surrogate's window around it, eq. 4", type=positive)
-    add("--detach-reset", detach_reset, "no gradient through the reset, as in the authors' code",
-        action=argparse.BooleanOptionalAction)
+    p.add_argument("--T", type=number(int, 1, 32), help="time-steps")
+    p.add_argument("--decay", type=number(float, 0, 1),
+                   help="share of the potential that a step keeps, exp(-1/tau) of eq. 2")
+    p.add_argument("--v-th", type=positive, help="firing threshold, eq. 3")
+    p.add_argument("--lens", type=positive,
+                   help="half-width of the surrogate's window around it, eq. 4")
+    p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction,
+                   help="no gradient through the reset, as in the authors' code")
 
 
 # ------------------------------------------------------------------------------ spiking network
@@ -529,19 +522,18 @@ def describe_dataset(dataset, taught):
     if dataset == "digits":
         return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
     # a folder's classes may have changed since the teacher saw them
-    classes = folder_classes(Path(dataset))
-    if taught:
-        return taught | dict(classes=classes)
-    files = sorted((Path(dataset) / "train" / classes[0]).glob("*"))
-    first = next((f for f in files if f.name[0] != "."), None)
-    if first is None:
-        fail(f"--dataset {dataset}: class {classes[0]!r} has no images in train/")
     try:
-        pixels = image(first, None)  # (H, W) or (H, W, 3)
-    except ValueError as error:
+        train, test = list_folder(Path(dataset), skipped=[])
+        if taught:
+            return taught | dict(classes=list(train))
+        paths = [path for split in (train, test) for files in split.values() for path in files]
+        H, W, channels = read_image(paths[0]).shape
+        # as stage 3 will read them: grey only if all are grey
+        if any(read_image(path).shape[2] == 3 for path in paths):
+            channels = 3
+    except (OSError, ValueError) as error:
         fail(f"--dataset {dataset}: {error}")
-    channels = 3 if pixels.ndim == 3 else 1
-    return dict(name=dataset, classes=classes, shape=[channels, *pixels.shape[:2]])
+    return dict(name=dataset, classes=list(train), shape=[channels, H, W])
 
 
 def main(argv=None):
@@ -589,8 +581,8 @@ def main(argv=None):
         fail(f"{args.src}: {error}")
 
     # save
-    checkpoint = make_checkpoint("init", arch, dict(student.state_dict()), args, identity,
-                                 data=data, parents=parents)
+    device = torch.device("cpu")
+    checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
     save_checkpoint(args.out, checkpoint)
 
     # what was done, layer by layer, and what comes next
@@ -616,4 +608,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
