@@ -28,11 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kernels import bn_lif
+from kernels import BatchNorm2d, bn_lif
 from train_teacher import (
     DEPTHS,
     BasicBlock,
-    BatchNorm2d,
     Bottleneck,
     Parser,
     ResNet,
@@ -77,7 +76,7 @@ def parse_args(argv=None):
     src = first.parse_known_args(argv)[0].src
     teacher = load_teacher(src) if src and os.path.isfile(src) else None
 
-    # second pass: everything. the teacher, and the student's network
+    # second pass: everything, and --help. the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
     p.add_argument("--src", required=True,
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
@@ -112,6 +111,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
 
+    # the neuron's defaults stand above; the others are the teacher's
     p.set_defaults(**asdict(Neuron()))
     if teacher:  # weights from elsewhere name no data set
         p.set_defaults(width=teacher["arch"]["width"],
@@ -122,6 +122,7 @@ def parse_args(argv=None):
 
 def add_neuron_flags(p):
     """The flags of `Neuron`, for this stage and the next; their defaults are the caller's."""
+    # a window of width 0 has no gradient, and at threshold 0 batch norm would start at 0
     positive = number(float, 0, 1e3, above=True)
     p.add_argument("--T", type=number(int, 1, 32), help="time-steps")
     p.add_argument("--decay", type=number(float, 0, 1),
@@ -149,17 +150,18 @@ class BatchNormLIF(BatchNorm2d):
 
     def forward(self, x, residual=None, static=False):
         n = self.neuron
+        # convolutions know no time: it is folded into their batch
         if not static:
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
             residual = residual.unflatten(0, (n.T, -1))  # likewise
-        statistics = (None, None) if self.training else (self.running_mean, self.running_var)
-        spikes, mean, var, count = bn_lif(
-            x, self.weight, self.bias, residual, *statistics,
-            T=n.T if static else None, eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens,
-            detach_reset=n.detach_reset, group=dist.group.WORLD if world_size() > 1 else None)
         if self.training:
-            self.update_statistics(mean, var, count)
+            self.num_batches_tracked += 1
+        spikes = bn_lif(
+            x, self.weight, self.bias, residual, self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
+            decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
+            group=dist.group.WORLD if world_size() > 1 else None)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
@@ -168,6 +170,7 @@ class SEWBasicBlock(BasicBlock):
 
     def forward(self, x):
         spikes = self.bn1(self.conv1(x))
+        # added after the neuron: a shortcut of its own fires too
         return self.bn2(self.conv2(spikes)) + self.downsample(x)
 
 
@@ -198,9 +201,11 @@ class SpikingResNet(ResNet):
                  block="basic", encoder="direct", T=Neuron.T, decay=Neuron.decay,
                  v_th=Neuron.v_th, lens=Neuron.lens, detach_reset=Neuron.detach_reset):
         neuron = Neuron(T, decay, v_th, lens, detach_reset)
+        # the neuron stands wherever the teacher has its ReLU
         lif = partial(BatchNormLIF, neuron=neuron)
         kind = dict(norm_act=lif)
-        if block == "sew":  # a downsampling shortcut fires too
+        # and in Figure 1c in a downsampling shortcut, which else only normalises
+        if block == "sew":
             kind.update(norm=lif, block=SEW[DEPTHS[depth][0]])
         super().__init__(depth, num_classes, in_channels, width, stem, **kind)
         self.neuron = neuron
@@ -217,6 +222,7 @@ class SpikingResNet(ResNet):
         The network's answer is their mean over T; `scores[:t].mean(0)` is what it would have said
         after t steps.
         """
+        # of the same current at every step the stem needs one convolution, not T
         static = x.dim() == 4
         if not static:
             x = x.flatten(0, 1)                        # (T, B, C, H, W) -> (T*B, C, H, W)
@@ -231,6 +237,7 @@ class SpikingResNet(ResNet):
         index: (B,) int64 on x's device, which images of the data set these are. A spike depends on
         (seed, image, step, pixel) alone: not on the batch, T, the process or the device.
         """
+        # the first layer's neurons make spikes of the image itself
         if self.encoder == "direct":
             return data.normalize(x)
         spikes = x > noise(seed, index, self.neuron.T, x.shape[1:])
@@ -243,24 +250,28 @@ def noise(seed, index, T, shape):
     Each image has a stream of splitmix64 (Steele, Lea, Flood 2014), of which step and pixel are
     the counter: nothing is drawn in any order.
     """
+    # hashed twice, so that neither images nor seeds next to each other share a stream
     stream = mix(mix(index) + seed).view(-1, 1, 1, 1)            # (B, 1, 1, 1)
     counter = torch.arange(1, 1 + T * math.prod(shape), device=index.device)
     counter = counter.view(T, 1, *shape)                         # (T, 1, C, H, W)
     golden_ratio = 0x9E3779B97F4A7C15 - 2**64                    # of 2^64, as a signed integer
-    return mix(stream + counter * golden_ratio).remainder(255)   # 2^64 % 255 = 1: even to 2^-56
+    # 2^64 is 1 more than a multiple of 255: each remainder is as likely as another to 2^-56
+    return mix(stream + counter * golden_ratio).remainder(255)   # (T, B, C, H, W)
 
 
 def mix(z):
-    """splitmix64's hash of int64, which multiplies modulo 2^64; masks make its shifts logical."""
-    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return z ^ (z >> 31 & 2**33 - 1)
+    """splitmix64's hash of int64, whose products are modulo 2^64."""
+    # the sign must not be shifted in: each mask keeps what an unsigned shift leaves
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 # ------------------------------------------------------------------------------------- transfer
 def loop(source, shape):
     """Loop interpolation (paper, section 3.2.2, Figure 3), for vectors likewise:
     target[i, j] = source[i % C_out, j % C_in]."""
+    # the first two dimensions are channels, out and in; what follows is the kernel
     for dim in range(min(2, len(shape))):
         source = source.index_select(dim, torch.arange(shape[dim]) % source.shape[dim])
     return source
@@ -298,7 +309,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
         fresh += ["conv1.", "bn1."]
 
-    rows = {}
+    rows = {}  # of the table, by layer
     for name, tensor in target.items():
         layer = name.rpartition(".")[0]
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
@@ -349,6 +360,7 @@ def resnet_arch(weights):
     with torch.device("meta"):
         expected = ResNet(**arch | dict(num_classes=arch["num_classes"] or 1)).state_dict()
     for name, tensor in expected.items():
+        # what may be absent: the counter that old PyTorch did not keep, and another task's head
         value = weights.get(name)
         if name.endswith("num_batches_tracked") or (name.startswith("fc.") and not head):
             continue
@@ -366,6 +378,7 @@ def resnet_arch(weights):
 
 
 def is_bottleneck(weights):
+    # a basic block ends with its second convolution
     return "layer1.0.conv3.weight" in weights
 
 
@@ -375,6 +388,7 @@ def blocks(weights, stage):
 
 
 def size(tensor):
+    # as in a flag or a message: "64x3x7x7"
     return "x".join(map(str, tensor.shape))
 
 
@@ -403,6 +417,7 @@ def load_teacher(path):
     except ValueError as error:
         fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
              f"torchvision's names: {error}")
+    # nothing is passed over in silence
     if unchecked:
         notes.append(f"{path} is {unchecked}, which has no checksums: damage may go unseen")
     if unused:
@@ -416,6 +431,7 @@ def read_weights(path):
     Reads torch.save's archive, torch.save's format from before PyTorch 1.6, and safetensors; code
     in a file is never run. Raises ValueError that says what the file is instead.
     """
+    # what a file is, its first bytes say; its name may say anything
     with open(path, "rb") as f:
         head = f.read(32)
     try:
@@ -425,6 +441,7 @@ def read_weights(path):
             return content, "of torch.save from before PyTorch 1.6"
         if head[8:9] == b"{":  # the header's JSON, after its length
             return read_safetensors(path), "a safetensors file"
+        # what is left is torch.save's archive, with checksums, or nothing we know;
         # torch.load hands TorchScript, which is code, to another reader, and warns
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -432,8 +449,10 @@ def read_weights(path):
         return read(path), None
     except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        # the one reason that has a remedy: the file holds an object, as torch.save(network) writes
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"needs Python's {refused[1]}, and only tensors and plain values are read"
+            reason = (f"needs Python's {refused[1]}, and only tensors and plain values are "
+                      "read: save its state_dict()")
         raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or of another "
                          f"kind ({reason})") from None
 
@@ -446,14 +465,11 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        # bytes counted from the header's end, little-endian, in C order
         first, last = entry["data_offsets"]
-        dtype = SAFETENSORS[entry["dtype"]]
-        if body + last > len(raw):
-            raise ValueError("its end is missing")
-        flat = torch.empty(0, dtype=dtype)
-        if last > first:
-            flat = torch.frombuffer(raw[body + first:body + last], dtype=dtype)
-        tensors[name] = flat.view(entry["shape"])
+        content = raw[body + first:body + last]
+        flat = torch.frombuffer(content, dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
     return tensors
 
 
@@ -470,10 +486,12 @@ def find_resnet(content):
     for path, values in dicts(content):
         tensors = {str(name): v for name, v in values.items() if isinstance(v, torch.Tensor)}
         names += tensors
+        # whatever stands before the mark stands before every name of this network
         for name in tensors:
             prefix, here, rest = name.rpartition(mark)
             if here and not rest and prefix[-1:] in ("", "."):
                 found.append((path, prefix, tensors))
+    # none: tensors of another network, or no tensors at all
     if not found:
         raise ValueError(f"it has no {mark}, but {listed(names or content)}")
     # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
@@ -515,6 +533,7 @@ def describe_dataset(dataset, taught):
 
     taught: the description in the teacher's file, if it learnt from that data set.
     """
+    # what cannot change, or is not here to be asked
     if taught and not os.path.isdir(dataset):
         return dict(taught)
     if dataset in CIFAR:
@@ -537,11 +556,12 @@ def describe_dataset(dataset, taught):
 
 
 def main(argv=None):
+    # arguments, and with them the teacher, who says what some are by default
     args, teacher = parse_args(argv)
     weights, taught = teacher["model"], teacher["data"]
     own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
 
-    # the data: the teacher's, or those of --dataset
+    # the data: the teacher's, or those of --dataset; what its labels mean goes into the checkpoint
     same = args.dataset == teacher["config"].get("dataset")
     data = describe_dataset(args.dataset, taught if same else None)
     num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
@@ -554,14 +574,16 @@ def main(argv=None):
 
     # the teacher's classifier serves its own classes alone, in their order
     if args.classifier == "transfer":
-        rows = len(weights.get("fc.weight", []))
-        if rows != num_classes:
+        known = len(weights.get("fc.weight", []))
+        if known != num_classes:
             fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} "
-                 f"knows {rows}, {args.dataset} has {num_classes}")
+                 f"knows {known}, {args.dataset} has {num_classes}")
         check_classes(data["classes"] or [], taught, "teacher", args.src)
-        data["classes"] = data["classes"] or (taught and taught["classes"])  # stage 3 compares
+        # where the names are not known here, stage 3 will have them to compare
+        if taught:
+            data["classes"] = taught["classes"]
 
-    # the student, fresh; small images keep their size in the stem
+    # the student: small images keep their size in the stem
     stem = args.stem
     if stem == "auto" and same:
         stem = teacher["arch"]["stem"]
@@ -571,6 +593,7 @@ def main(argv=None):
                 width=args.width, stem=stem, block=args.block, encoder=args.encoder,
                 T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens,
                 detach_reset=args.detach_reset)
+    # fresh, as the seed says
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
 
@@ -580,7 +603,7 @@ def main(argv=None):
     except ValueError as error:
         fail(f"{args.src}: {error}")
 
-    # save
+    # save; the next stage reads all it needs to know from this file
     device = torch.device("cpu")
     checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
     save_checkpoint(args.out, checkpoint)
@@ -593,6 +616,7 @@ def main(argv=None):
     console.print(table)
     for note in teacher.get("notes", []):
         console.print(f"note: {note}")
+    # how many of the numbers that training will change came from the teacher
     fresh = {layer for layer, _, how in rows if how == "fresh"}
     counts = {name: p.numel() for name, p in student.named_parameters()}
     total = sum(counts.values())
@@ -600,10 +624,11 @@ def main(argv=None):
     console.print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width "
                   f"{args.width}, T {args.T}) for {args.dataset}; {total - left:,} of {total:,} "
                   f"parameters from {args.src}, {left:,} fresh")
+    # the next command; weights from elsewhere know no classes: nothing to distil from
     command = f"python train_idsnn.py --init {shlex.quote(args.out)}"
     if own:
         console.print(f"next: {command}")
-    else:  # these weights answer no question about the student's classes
+    else:
         console.print(f"next: {command} --no-kd   (or --teacher, a checkpoint of train_teacher.py)")
 
 
