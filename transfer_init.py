@@ -35,6 +35,7 @@ from train_teacher import (
     Bottleneck,
     Parser,
     ResNet,
+    asks_help,
     check_classes,
     earlier_run,
     fail,
@@ -70,15 +71,9 @@ class Neuron:
 def parse_args(argv=None):
     """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
     the defaults, and --help shows them."""
-    # first pass: the teacher
-    first = Parser(add_help=False)
-    first.add_argument("--src")
-    src = first.parse_known_args(argv)[0].src
-    teacher = load_teacher(src) if src and os.path.isfile(src) else None
-
-    # second pass: everything, and --help. the teacher, and the student's network
+    # the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
-    p.add_argument("--src", required=True,
+    p.add_argument("--src",
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
                         "under torchvision's names, of torch.save or safetensors")
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
@@ -111,13 +106,18 @@ def parse_args(argv=None):
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
 
-    # the neuron's defaults stand above; the others are the teacher's
+    # the neuron's defaults stand above; width and data are the teacher's
     p.set_defaults(**asdict(Neuron()))
-    if teacher:  # weights from elsewhere name no data set
+    src = p.first_pass(argv).src
+    teacher = None
+    if src and (os.path.isfile(src) or not asks_help(argv)):
+        teacher = load_teacher(src)
         p.set_defaults(width=teacher["arch"]["width"],
-                       dataset=teacher["config"].get("dataset", "cifar100"))
+                       dataset=teacher["config"].get("dataset", "cifar100"))  # elsewhere: unnamed
     args = p.parse_args(argv)
-    return args, teacher or load_teacher(args.src)
+    if not args.src:
+        fail("argument --src: is required: the teacher's file")
+    return args, teacher
 
 
 def add_neuron_flags(p):

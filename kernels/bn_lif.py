@@ -33,8 +33,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.lif import (check_dtype, check_neuron, choose_impl, lif, lif_reference,
-                         refuse_forward_mode, refuse_second_derivative, triton)
+from kernels.lif import (
+    check_dtype,
+    check_neuron,
+    choose_impl,
+    lif,
+    lif_reference,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    triton,
+)
 
 if triton is not None:
     import triton.language as tl
