@@ -240,6 +240,7 @@ class SpikingResNet(ResNet):
         # the first layer's neurons make spikes of the image itself
         if self.encoder == "direct":
             return data.normalize(x)
+        # strict, and noise below 255: black never fires, white always
         spikes = x > noise(seed, index, self.neuron.T, x.shape[1:])
         return spikes.to(self.fc.weight.dtype)
 
