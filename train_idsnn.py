@@ -9,8 +9,8 @@ section 3.3)  ->  idsnn.pt
 From top to bottom: the recipe, the loss, the firing rates, main().
 """
 import os
-import sys
 import time
+from dataclasses import fields
 from functools import partial
 
 if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
@@ -28,11 +28,8 @@ from train_teacher import (
     ResNet,
     TrainingRun,
     add_training_flags,
-    can_record,
+    asks_help,
     check_classes,
-    check_finite,
-    describe_run,
-    epoch_means,
     evaluate,
     fail,
     learning_rate,
@@ -49,7 +46,7 @@ from train_teacher import (
     sha256_file,
     world_size,
 )
-from transfer_init import BatchNormLIF, SpikingResNet, add_neuron_flags
+from transfer_init import BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags
 
 # ------------------------------------------------------------------------------------------ recipe
 # the teacher's, and the loss of eq. 6 to 8. the paper gives neither number: the authors' code has
@@ -62,6 +59,8 @@ PAPER = train_teacher.PAPER | LOSS
 FAST = train_teacher.FAST | LOSS | dict(epochs=60)  # more than its teacher has
 DIGITS = train_teacher.DIGITS | dict(epochs=24)
 RECIPES = dict(paper=PAPER, fast=FAST)
+# inherited from --init, unless a flag says otherwise
+NEURON = [field.name for field in fields(Neuron)]
 
 
 def parse_args(argv=None):
@@ -84,14 +83,12 @@ def parse_args(argv=None):
     add_neuron_flags(p)
     add_training_flags(p, out="idsnn.pt")
 
-    # dataset, network and neuron are inherited, unless a flag says otherwise
+    # the file of --init decides defaults: read it first
     path = p.first_pass(argv).init
-    arguments = sys.argv[1:] if argv is None else argv
-    asks_help = not {"-h", "--help"}.isdisjoint(arguments)
     init = None
-    if os.path.exists(path) or not asks_help:
+    if os.path.exists(path) or not asks_help(argv):
         init = load_checkpoint(path, "init")
-        neuron = {k: init["arch"][k] for k in ("T", "decay", "v_th", "lens", "detach_reset")}
+        neuron = {k: init["arch"][k] for k in NEURON}
         p.set_defaults(dataset=init["config"]["dataset"], **neuron)
     return parse_with_recipe(p, argv, RECIPES, DIGITS), init
 
@@ -149,7 +146,7 @@ class FiringRates:
 
 
 def warnings(rates):
-    """Lines on layers that never fire, so that no gradient passes, or always, so that all is one."""
+    """A line on layers that never fire (no gradient passes), one on layers that always do."""
     silent = [name for name, rate in rates.items() if rate == 0]
     if silent:
         yield (f"{silent[0]} never fires ({len(silent)} of {len(rates)} layers): "
@@ -194,7 +191,7 @@ def main(argv=None):
     device, dtype, autocast, scaler = setup(args)
 
     # data: the whole set as uint8 on the training device
-    arch = init["arch"] | {k: getattr(args, k) for k in ("T", "decay", "v_th", "lens", "detach_reset")}
+    arch = init["arch"] | {k: getattr(args, k) for k in NEURON}
     layout = memory_format(device, arch["width"])
     data = load_data(args.dataset, args.data_dir)
     check_fits(data, init, "network", args.init, f"transfer_init.py --dataset {args.dataset}")
@@ -234,7 +231,7 @@ def main(argv=None):
     def step():
         images, labels = batches.cut(draw)                      # (B, C, H, W) uint8, (B,)
         with autocast:
-            inputs = model.encode(images, data, draw[0], noise)  # (B, ...), or (T, B, ...) spikes
+            inputs = model.encode(images, data, draw[0], noise)  # (B, ...); spikes: (T, B, ...)
             scores = net(inputs).to(dtype)                      # (T, B, K)
             taught = None
             if teacher:  # always sees the normalised image
@@ -248,9 +245,8 @@ def main(argv=None):
         accuracy = (scores.mean(0).argmax(1) == labels).to(dtype).mean()
         sums.add_(torch.stack([loss.detach(), accuracy, ce.detach(), kd.detach()]))
 
-    # Poisson spikes hash a seed of the host's
-    record = can_record(args, device) and arch["encoder"] == "direct"
-    train_step = recorded(step) if record else step
+    # the seed of Poisson spikes is the host's
+    train_step = recorded(step, args, device, on_device=arch["encoder"] == "direct")
 
     # loop
     parameters = sum(p.numel() for p in model.parameters())
@@ -264,7 +260,7 @@ def main(argv=None):
         teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher
                 else "none (--no-kd)",
         loss="of every time-step" if args.per_step else "of the mean over T",
-        kernels=impl, data=str(data), **describe_run(args, device))
+        kernels=impl, data=data)
     with run:
         for epoch in range(len(history), args.epochs):
             net.train()
@@ -277,7 +273,7 @@ def main(argv=None):
                 draw.copy_(drawn)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums)
-            loss, accuracy, ce, kd = epoch_means(sums, batches.steps)
+            loss, accuracy, ce, kd = run.means(sums, batches.steps)
             trained = time.time() - began
 
             model.eval()
@@ -288,7 +284,6 @@ def main(argv=None):
 
             with autocast:
                 test_acc, test_loss = evaluate(predict, data)
-            check_finite(model, (loss, test_loss), args, epoch)
             rates = firing.read()
             row = dict(
                 epoch=epoch + 1, loss=loss, ce=ce, kd=kd, train_acc=100 * accuracy,

@@ -22,6 +22,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
@@ -36,6 +37,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from kernels import BatchNorm2d
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs are not kept from writing one file
@@ -44,7 +47,6 @@ except ImportError:  # Windows: two runs are not kept from writing one file
 # ------------------------------------------------------------------------------------------ recipe
 # paper, section 4.1; where it is silent (milestones, crop, flip) the authors' code
 PAPER = dict(
-    width=64,           # channels of the first stage; the others follow
     epochs=200,         # passes over the training set
     batch_size=64,      # images a step, over all processes
     lr=0.05,            # peak learning rate of SGD
@@ -64,7 +66,7 @@ FAST = PAPER | dict(
 )
 # over either of them: 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
 DIGITS = dict(
-    width=16, epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25,
+    epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25,
     crop_padding=1, flip=False,
 )
 RECIPES = dict(paper=PAPER, fast=FAST)
@@ -73,16 +75,17 @@ RECIPES = dict(paper=PAPER, fast=FAST)
 def parse_args(argv=None):
     p = Parser(description="Stage 1: train the teacher ResNet.")
     p.add_argument("--dataset", default="cifar100",
-                   help="cifar10, cifar100, digits, or a folder of train/<class>/* and test/<class>/*")
+                   help="cifar10, cifar100, digits, or a folder of train/<class>/* and "
+                        "test/<class>/* (or val/<class>/*), all images of one size")
     p.add_argument("--depth", type=number(int, 18, 152), choices=DEPTHS, default=34,
                    help="layers of the ResNet")
-    p.add_argument("--width", type=number(int, 1, 4096),
+    p.add_argument("--width", type=number(int, 1, 4096), default=64,
                    help="channels of its first stage, which scales all others")
     p.add_argument("--stem", choices=["auto", "3x3", "7x7"], default="auto",
                    help="first convolution; auto: 3x3 for images up to 64 pixels, "
                         "else ImageNet's 7x7 and max-pool")
     add_training_flags(p, out="r34.pt")
-    return parse_with_recipe(p, argv, RECIPES, DIGITS)
+    return parse_with_recipe(p, argv, RECIPES, DIGITS | dict(width=16))
 
 
 def add_training_flags(p, out):
@@ -107,7 +110,8 @@ def add_training_flags(p, out):
     p.add_argument("--flip", action=argparse.BooleanOptionalAction,
                    help="mirror half of the training images")
     p.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
-                   help="auto: bf16 where GPU or CPU multiplies it, else fp16 on GPUs, fp32 on CPUs")
+                   help="auto: bf16 where the device multiplies it, else fp16 on GPUs, "
+                        "fp32 on CPUs")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                    help="auto: the GPU if there is one")
     p.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True,
@@ -177,6 +181,10 @@ class Images:
         self.offset = 255 * torch.tensor(self.mean, dtype=dtype, device=device).view(-1, 1, 1)
         self.scale = 255 * torch.tensor(self.std, dtype=dtype, device=device).view(-1, 1, 1)
         self.layout = layout
+        # layers of images as small as the digits gain nothing from a second thread, which waits
+        # ten times as long as it works where other programs want the cores
+        if device == torch.device("cpu") and self.shape[1] * self.shape[2] <= 64:
+            torch.set_num_threads(1)
         return self
 
     def normalize(self, x):
@@ -269,9 +277,9 @@ def load_folder(dataset, data_dir):
     root, skipped = Path(dataset), []
     try:
         train, test = list_folder(root, skipped)
-        if skipped and rank() == 0:
+        if skipped:
             names = ", ".join(str(path.relative_to(root)) for path in skipped[:3])
-            print(f"note: --dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
+            note(f"--dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
         files = [path for split in (train, test) for paths in split.values() for path in paths]
         cache = data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz"
         x = read_cache(cache)
@@ -286,6 +294,12 @@ def load_folder(dataset, data_dir):
     test_y = labels.repeat_interleave(torch.tensor([len(paths) for paths in test.values()]))
     n = len(train_y)
     return Images(str(root), list(train), x[:n], train_y, x[n:], test_y)
+
+
+def note(text):
+    """One line of rank 0. On stderr, which escapes what the console cannot show in file names."""
+    if rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def list_folder(root, skipped):
@@ -369,9 +383,8 @@ def write_cache(path, x):
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        if rank() == 0:
-            print(f"note: the decoded images were not kept in {path} ({error.strerror}); "
-                  "the next run decodes them again")
+        note(f"the decoded images were not kept in {path} ({error.strerror}); "
+             "the next run decodes them again")
 
 
 def decode(files):
@@ -461,41 +474,6 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------------------- network
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with statistics over all processes (nn.SyncBatchNorm refuses CPU tensors)."""
-
-    def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        x32 = x if x.dtype == torch.float64 else x.float()
-        mean = AllReduceMean.apply(x32.mean((0, 2, 3)))
-        var = AllReduceMean.apply((x32 - mean.view(-1, 1, 1)).square().mean((0, 2, 3)))
-        self.update_statistics(mean, var, world_size() * x.numel() // x.shape[1])
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x32 * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)).to(x.dtype)
-
-    @torch.no_grad()
-    def update_statistics(self, mean, var, n):
-        """Running mean and unbiased variance, from a batch of n values a channel with biased variance `var`."""
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_((var * (n / max(n - 1, 1))).to(self.running_var), self.momentum)
-
-
-class AllReduceMean(torch.autograd.Function):
-    """Mean over processes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / world_size()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduceMean.forward(None, grad)
-
-
 class BatchNormReLU(BatchNorm2d):
     """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
 
@@ -613,7 +591,8 @@ def evaluate(predict, data, batch_size=500):
     predict: uint8 images (B, C, H, W) and their index in the test set (B,) -> class scores (B, K).
     """
     sums = torch.zeros(2, dtype=torch.float64, device=data.test_x.device)
-    for index in torch.arange(len(data.test_y), device=sums.device).split(batch_size)[rank()::world_size()]:
+    batches = torch.arange(len(data.test_y), device=sums.device).split(batch_size)
+    for index in batches[rank()::world_size()]:
         labels = data.test_y[index]
         scores = predict(data.test_x[index].permute(0, 3, 1, 2), index).double()
         loss = F.cross_entropy(scores, labels, reduction="sum")
@@ -669,13 +648,13 @@ def main(argv=None):
         accuracy = (scores.argmax(1) == labels).to(dtype).mean()
         sums.add_(torch.stack([loss.detach(), accuracy]))
 
-    train_step = recorded(step) if can_record(args, device) else step
+    train_step = recorded(step, args, device)
 
     # loop
     parameters = sum(p.numel() for p in model.parameters())
     run.header(
         teacher=f"ResNet-{args.depth}, width {args.width}, {stem} stem, {parameters:,} parameters",
-        data=str(data), **describe_run(args, device))
+        data=data)
     with run:
         for epoch in range(len(history), args.epochs):
             net.train()
@@ -687,14 +666,13 @@ def main(argv=None):
                 draw.copy_(drawn)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums)
-            loss, accuracy = epoch_means(sums, batches.steps)
+            loss, accuracy = run.means(sums, batches.steps)
             trained = time.time() - began
 
             model.eval()
             with autocast:
                 test_acc, test_loss = evaluate(
                     lambda images, index: model(data.normalize(images)), data)
-            check_finite(model, (loss, test_loss), args, epoch)
             row = dict(
                 epoch=epoch + 1, loss=loss, train_acc=100 * accuracy,
                 test_loss=test_loss, test_acc=test_acc, lr=rate,
@@ -724,7 +702,15 @@ class Parser(argparse.ArgumentParser):
     def first_pass(self, argv):
         """What decides the defaults of the others, read before them; --help waits for these."""
         argv = sys.argv[1:] if argv is None else argv
-        return self.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+        return self.parse_known_args([a for a in argv if a not in HELP])[0]
+
+
+HELP = {"-h", "--help"}
+
+
+def asks_help(argv):
+    """Whether the command is only asked what it takes: then no file need be there."""
+    return not HELP.isdisjoint(sys.argv[1:] if argv is None else argv)
 
 
 def parse_with_recipe(p, argv, recipes, digits):
@@ -735,8 +721,7 @@ def parse_with_recipe(p, argv, recipes, digits):
     first = p.first_pass(argv)
     recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
     epochs = first.epochs or recipe["epochs"]
-    p.set_defaults(**{k: v for k, v in recipe.items() if p.get_default(k) is None})
-    p.set_defaults(milestones=",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8)))
+    p.set_defaults(**recipe, milestones=",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8)))
     if first.milestones:
         p.set_defaults(schedule="step")
     args = p.parse_args(argv)
@@ -799,8 +784,9 @@ def run_script(main):
             raise
         what = str(error).splitlines()[0][:120]
         fail(f"out of memory ({what}): lower --batch-size, --width or --T", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:  # a finished result and an error end here too
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ------------------------------------------------------- shared: processes, device and precision
@@ -835,7 +821,7 @@ def setup(args):
         store, _, _ = next(dist.rendezvous("env://"))
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store),
-            rank=rank(), world_size=world)
+            rank=rank(), world_size=world, timeout=timedelta(hours=2))  # a long download
 
     if args.precision == "auto":
         args.precision = native_precision(device)
@@ -884,23 +870,24 @@ def parallel(model, args, layout):
         model = torch.compile(model, options=options)
     if world_size() > 1:
         ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-        # statistics agree already: DDP need not send them
-        model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # statistics agree already: DDP need not send them. the argument of this name warns since
+        # torch 2.13, the attribute means the same in every version
+        model.broadcast_buffers = False
     return model
 
 
-def can_record(args, device):
-    """Several processes and fp16's scaler ask the host in the middle of a step."""
-    on_gpu = args.graph and device.type == "cuda"
-    return on_gpu and world_size() == 1 and args.precision != "fp16"
-
-
-def recorded(step):
+def recorded(step, args, device, on_device=True):
     """`step` as one launch: run as it is three times, recorded as a CUDA graph, then replayed.
 
     The first calls settle what a graph cannot: momentum buffers, Triton's compilation, cuDNN's
     search. They run on the stream that records, so that memory is not shared with another.
+    Several processes, fp16's scaler and a step that is not all on_device need the host in its
+    middle: there, on CPUs and under --no-graph, this is `step` itself.
     """
+    alone = world_size() == 1 and args.precision != "fp16"
+    if not (args.graph and device.type == "cuda" and alone and on_device):
+        return step
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
 
     def call():
@@ -917,35 +904,6 @@ def recorded(step):
                 step()
         graph.replay()
     return call
-
-
-def epoch_means(sums, steps):
-    """An epoch's sums over its steps -> means over steps and processes."""
-    total = sums.clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return (total / steps / world_size()).tolist()
-
-
-def check_finite(model, losses, args, epoch):
-    """End the run after an epoch in which a loss or a weight stopped being finite.
-
-    The weights too: a spiking layer of NaNs is merely silent.
-    """
-    bad = [] if math.isfinite(sum(losses)) else ["the loss"]
-    bad += [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
-    if bad:
-        fail(f"{bad[0]} is not finite in epoch {epoch + 1}: try {remedies(args)}", 1)
-
-
-def remedies(args):
-    """What this run can change about a divergence."""
-    tips = [f"--lr below {args.lr:g}"]
-    if args.warmup < 0.05:
-        tips.append("--warmup 0.05")
-    if args.precision in ("bf16", "fp16"):
-        tips.append("--precision fp32")
-    return " or ".join(tips)
 
 
 # ------------------------------------------------------------------------- shared: checkpoints
@@ -992,9 +950,10 @@ def read(path):
 
 
 def load_checkpoint(path, stage=None, remedy="copy or make it again"):
-    """Read a checkpoint of `stage` (a key of STAGES; None: any): its CRCs, format and stage checked.
+    """Read a checkpoint of `stage` (a key of STAGES; None: any), its CRCs, format and stage checked.
 
-    weights_only: a stranger's file cannot run code. Every defect ends in one line that names it.
+    weights_only: a stranger's file cannot run code. Every defect ends in one line that names
+    the file.
     """
     wanted = f"a checkpoint of {STAGES[stage] if stage else 'this project'}"
     try:
@@ -1128,22 +1087,6 @@ def earlier_run(args, stage, identity):
     raise SystemExit(0)
 
 
-def describe_run(args, device):
-    """Header lines of a training run: where it computes, and by what recipe."""
-    fall = args.schedule
-    if fall == "step":
-        fall = "x0.1 at " + ", ".join(f"{m:g}" for m in args.milestones)
-    processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
-    nesterov = "Nesterov " if args.nesterov else ""
-    epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
-    return dict(
-        device=f"{device_name(device)}, {args.precision}, {processes}, torch {torch.__version__}",
-        recipe=f"{epochs}, batch {args.batch_size}, SGD lr {args.lr:g}, {fall}, "
-               f"warm-up {args.warmup:g}, {nesterov}momentum {args.momentum:g}, "
-               f"weight decay {args.weight_decay:g}, seed {args.seed}",
-        images=f"crop padding {args.crop_padding}, {'flip' if args.flip else 'no flip'}")
-
-
 class TrainingRun:
     """What a training run leaves behind, and what it shows.
 
@@ -1209,12 +1152,10 @@ class TrainingRun:
         try:
             model.load_state_dict(self.earlier["model"])
             optimizer.load_state_dict(state["optimizer"])
-            buffers = [(p, s["momentum_buffer"]) for p, s in optimizer.state.items()
-                       if s.get("momentum_buffer") is not None]
-            assert all(p.shape == buffer.shape for p, buffer in buffers), "momentum of other shapes"
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:160]
-            fail(f"{self.args.out}.last does not fit the edited network ({why}): --fresh starts over")
+            fail(f"{self.args.out}.last does not fit the edited network ({why}): "
+                 "--fresh starts over")
         optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
         scaler.load_state_dict(state["scaler"])
         self.earlier = None
@@ -1222,14 +1163,19 @@ class TrainingRun:
 
     def header(self, **facts):
         """Print the facts of the run; write the log anew from the history: no epoch twice."""
-        for name, text in facts.items():
-            self.console.print(f"[bold]{name:>10}[/]  {escape(text)}")
+        args, device = self.args, device_name(self.data.train_x.device)
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        recipe = [*PAPER, "milestones", "seed"] if args.schedule == "step" else [*PAPER, "seed"]
+        facts["device"] = f"{device}, {args.precision}, {processes}, torch {torch.__version__}"
+        facts["recipe"] = ", ".join(f"{k} {getattr(args, k)}" for k in recipe)
         if self.resumed:
-            print_resumed = f"{self.args.out}.last, after epoch {self.resumed}"
-            self.console.print(f"[bold]   resumed[/]  {print_resumed}")
+            facts["resumed"] = f"{args.out}.last, after epoch {self.resumed}"
+        for name, fact in facts.items():
+            self.console.print(f"[bold]{name:>10}[/]  {escape(str(fact))}")
         if self.log:
             command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
             self.log.truncate(0)
+            facts = {name: str(fact) for name, fact in facts.items()}
             for row in [dict(run=facts | dict(command=command)), *self.history]:
                 self.write_log(row)
 
@@ -1254,8 +1200,23 @@ class TrainingRun:
             self.task, completed=epoch + done / steps, epoch=epoch + 1, refresh=True,
             status=f"loss {loss:.3f}, accuracy {accuracy:.1%}, {speed:,.0f} images/s")
 
+    def means(self, sums, steps):
+        """An epoch's sums over its steps -> means over steps and processes."""
+        total = sums.clone()
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return (total / steps / world_size()).tolist()
+
     def end_epoch(self, row, arch, model, optimizer, scaler):
-        """Keep the epoch's state, then print it: an epoch that was printed is kept."""
+        """Keep the epoch's state, then print it: an epoch that was printed is kept.
+
+        Ends the run where a loss or a weight stopped being finite (a spiking layer of NaNs is
+        merely silent).
+        """
+        bad = [k for k in ("loss", "test_loss") if not math.isfinite(row[k])]
+        bad += [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
+        if bad:
+            fail(f"{bad[0]} is not finite in epoch {row['epoch']}: try {self.remedies()}", 1)
         self.history.append(row)
         if self.log:
             state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
@@ -1278,7 +1239,16 @@ class TrainingRun:
         if loss < 10 * guessing:
             return ""
         return (f"the test loss is {loss:,.0f} where guessing has {guessing:.1f}: "
-                f"try {remedies(self.args)}")
+                f"try {self.remedies()}")
+
+    def remedies(self):
+        """What this run can change about a divergence."""
+        tips = [f"--lr below {self.args.lr:g}"]
+        if self.args.warmup < 0.05:
+            tips.append("--warmup 0.05")
+        if self.args.precision in ("bf16", "fp16"):
+            tips.append("--precision fp32")
+        return " or ".join(tips)
 
     def checkpoint(self, arch, model):
         return make_checkpoint(
@@ -1322,7 +1292,7 @@ class TrainingRun:
         if kind is KeyboardInterrupt:
             kept = "no epoch was done yet: the same command starts again"
             if self.written:
-                again = "the same command without --fresh" if self.args.fresh else "the same command"
+                again = "the same command" + (" without --fresh" if self.args.fresh else "")
                 epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
                 kept = f"{self.args.out}.last holds {epochs}: {again} goes on"
             if rank() == 0:

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kernels import bn_lif
+from kernels import BatchNorm2d, bn_lif
 from train_teacher import (
     DEPTHS,
     BasicBlock,
-    BatchNorm2d,
     Bottleneck,
     Parser,
     ResNet,
+    asks_help,
     check_classes,
     earlier_run,
     fail,
@@ -68,23 +68,13 @@ class Neuron:
 def parse_args(argv=None):
     """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
     the defaults, and --help shows them."""
-    first = Parser(add_help=False)
-    first.add_argument("--src")
-    src = first.parse_known_args(argv)[0].src
-    teacher = None
-    width = dataset = "the teacher's"  # for --help alone, where there is no file to ask
-    if src and os.path.isfile(src):
-        teacher = load_teacher(src)
-        width = teacher["arch"]["width"]
-        dataset = teacher["config"].get("dataset", "cifar100")
-
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
-    p.add_argument("--src", required=True,
+    p.add_argument("--src",
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
                         "under torchvision's names, of torch.save or safetensors")
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
                    help="layers of the Spiking ResNet")
-    p.add_argument("--width", type=number(int, 1, 4096), default=teacher and width,
+    p.add_argument("--width", type=number(int, 1, 4096),
                    help="channels of its first stage, as a rule the teacher's")
     p.add_argument("--block", default="basic", choices=["basic", "sew"],
                    help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
@@ -101,15 +91,24 @@ def parse_args(argv=None):
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
                    help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p, **asdict(Neuron()))
-    p.add_argument("--dataset", default=teacher and dataset,
+    p.add_argument("--dataset",
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
                         "images; as a rule the teacher's")
     p.add_argument("--seed", type=number(int, 0, 99999), default=0,
                    help="of whatever stays fresh")
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
+
+    src = p.first_pass(argv).src
+    teacher = None
+    if src and (os.path.isfile(src) or not asks_help(argv)):
+        teacher = load_teacher(src)
+        p.set_defaults(width=teacher["arch"]["width"],
+                       dataset=teacher["config"].get("dataset", "cifar100"))
     args = p.parse_args(argv)
-    return args, teacher or load_teacher(args.src)
+    if not args.src:
+        fail("argument --src: is required: the teacher's file")
+    return args, teacher
 
 
 def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
@@ -145,13 +144,13 @@ class BatchNormLIF(BatchNorm2d):
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
             residual = residual.unflatten(0, (n.T, -1))  # likewise
-        statistics = (None, None) if self.training else (self.running_mean, self.running_var)
-        spikes, mean, var, count = bn_lif(
-            x, self.weight, self.bias, residual, *statistics,
-            T=n.T if static else None, eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens,
-            detach_reset=n.detach_reset, group=dist.group.WORLD if world_size() > 1 else None)
         if self.training:
-            self.update_statistics(mean, var, count)
+            self.num_batches_tracked += 1
+        spikes = bn_lif(
+            x, self.weight, self.bias, residual, self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum, T=n.T if static else None,
+            eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
+            group=dist.group.WORLD if world_size() > 1 else None)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 

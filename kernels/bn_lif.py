@@ -1,378 +1,53 @@
-"""Batch norm, residual add and the LIF neuron in one pass over memory, for training and inference.
+"""Batch norm, residual add and the LIF neuron, on Triton in one pass over memory.
 
-    current[t] = x[t]*scale + shift + residual[t]       scale = weight / sqrt(var + eps),  shift = bias - mean*scale
-    spikes     = LIF(current)                           lif.py: paper eq. 2-4
+    current[t] = x[t]*scale + shift + residual[t]      scale = weight / sqrt(var + eps)
+    spikes     = LIF(current)   (paper eq. 2-4)        shift = bias - mean*scale
 
-mean and (biased) var are taken over T, B, H and W and over all ranks of a process group, or are given (evaluation).
-Backward, from dcurrent, which the neuron's recurrence gives from two bits per neuron-step, with n values per channel:
+mean and (biased) var are taken over T, B, H, W and over all ranks of a process group, or are given
+(evaluation). Backward, from dcurrent, which the neuron's recurrence gives from two bits per
+neuron-step (lif.py), with n values per channel and xhat = (x - mean) / sqrt(var + eps):
 
-    dbias = sum(dcurrent)    dweight = sum(dcurrent*xhat)    xhat = (x - mean) / sqrt(var + eps)    dresidual = dcurrent
-    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    dbias and dweight summed over ranks here; without the two
+    dbias = sum(dcurrent)    dweight = sum(dcurrent*xhat)    dresidual = dcurrent
+    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    sums over all ranks here; without the
                                                              means where mean and var are constants
 
-So the current never lies in memory, nor, on Triton, does dcurrent. Bytes per neuron-step at T = 4, bf16 / fp32:
+Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T = 4, bf16 / fp32:
 
-    forward     statistics: read x 2 / 4;  then read x, write spikes and bits 4.25 / 8.25;  residual: read 2 / 4
-    backward    sums: read g, bits, x 4.25 / 8.25;  then read g, bits, x, write dx 6.25 / 12.25;  residual: write 2 / 4
-    inference   read x, write spikes 4 / 8;  residual: read 2 / 4
+    forward    statistics: read x 2 / 4; then read x, write spikes and bits 4.25 / 8.25
+    backward   sums: read g, bits, x 4.25 / 8.25; then read g, bits, x, write dx 6.25 / 12.25
+    inference  read x, write spikes 4 / 8
+    residual   read 2 / 4 forward, write 2 / 4 backward
 
-Forward and backward 16.75 / 32.75 bytes, 20.75 / 40.75 with a residual. With the same current at every step (`T=`,
-direct coding's stem) x is read, and dx written, once instead of T times.
+Forward and backward 16.75 / 32.75 bytes, 20.75 / 40.75 with a residual. With the same current at
+every step (`T=`, direct coding's stem) x is read, and dx written, once instead of T times.
 
-`bn_lif_reference` is the specification. Given the same statistics the spikes equal its own bit for bit in fp32:
-products and sums in one order, none contracted, and only exactly rounded roots and quotients (so no rsqrt).
-
-Inside, every layout is one: contiguous (T, O, C, S), where channels-last memory is O = B*H*W, S = 1 and plain
-contiguous memory O = B, S = H*W. Statistics pass as fp64 (count, mean, sum of squared deviations), combined by Chan's formula
-over chunks, programs and ranks, always in the same order: no atomics, so a run repeats bit for bit.
+`bn_lif_reference` is the specification. Given the same statistics the kernels' spikes equal its
+own bit for bit in fp32: products and sums in one order, none contracted, roots and quotients
+exactly rounded. On PyTorch, and for the plain derivative, bn_lif is batch norm, the add, `lif`.
 """
 
-import torch
+import math
 
-from kernels.lif import (backward_full_torch, backward_torch, check_neuron, choose_impl, forward_torch, lif_reference,
-                         refuse_forward_mode, refuse_second_derivative, triton)
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.lif import (
+    check_dtype,
+    check_neuron,
+    choose_impl,
+    lif,
+    lif_reference,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    triton,
+)
 
 if triton is not None:
     import triton.language as tl
 
-    from kernels.lif import backward_step, fire, pack
-
-
-# ---------------------------------------------------------------------------------------------- the specification
-
-def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e-5, decay=0.25, v_th=0.5, lens=0.5,
-                     detach_reset=True):
-    """The equations as they stand, in fp32 (fp64), differentiated by autograd, statistics too; x (T, B, C, H, W)."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    x_acc, per_channel = x.to(acc), (-1, 1, 1)
-    if mean is None:
-        var, mean = torch.var_mean(x_acc, (0, 1, 3, 4), correction=0)
-    scale = weight.to(acc) / (var.to(acc) + eps).sqrt()
-    shift = bias.to(acc) - mean.to(acc) * scale
-    current = x_acc * scale.view(per_channel) + shift.view(per_channel)
-    if residual is not None:
-        current = current + residual.to(acc)
-    spikes = lif_reference(current, decay, v_th, lens, detach_reset).to(x.dtype)
-    return spikes, mean.detach(), var.detach(), x.numel() // x.shape[2]
-
-
-# ---------------------------------------------------------------------------------------------- PyTorch path
-# chunks of O keep temporaries in the cache. smaller ones lose to the cost of a call. per-channel vectors are (C, 1).
-
-def _rows(x):
-    """How many of x's (C, S) slices make a chunk of 2**18 elements a thread."""
-    size = 2**18 * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
-    return max(1, size // max(1, x.shape[-2] * x.shape[-1]))
-
-
-def _split(x):
-    """(T, O, C, S) -> contiguous chunks (o, C, S): sums over them are several times quicker than over slices of O."""
-    return x.flatten(0, 1).split(_rows(x))
-
-
-def _affine(weight, bias, mean, var, eps):
-    std = (var + eps).sqrt()
-    scale = weight.to(mean.dtype) / std
-    return [v.view(-1, 1) for v in (scale, bias.to(mean.dtype) - mean * scale, mean, 1 / std)]
-
-
-def _stats_torch(x):
-    """Count, mean and sum of squared deviations of each chunk, (P, 3, C) fp64; sums as in _stats_kernel."""
-    parts, shift = [], None
-    for part in _split(x):
-        part = part.to(_accumulator(x))
-        count = part.numel() // part.shape[1]
-        shift = part.sum((0, 2)) / count if shift is None else shift
-        d = part - shift.view(-1, 1)
-        s1 = d.sum((0, 2)).double()
-        m2 = d.square_().sum((0, 2)).double() - s1 * s1 / count
-        parts.append(torch.stack((torch.full_like(s1, count), shift + s1 / count, m2.clamp_min(0))))
-    return torch.stack(parts)
-
-
-def _combine_torch(parts, n):
-    """Chan's formula: (P, 3, C) of the parts -> (2, C), mean and biased variance of the whole, n values a channel."""
-    count, mean, m2 = parts.unbind(1)
-    whole = (count * mean).sum(0) / n
-    return torch.stack((whole, (m2 + count * (mean - whole).square()).sum(0) / n))
-
-
-def _currents(x, residual, T, scale, shift):
-    """Chunks s of O, each with its input current (T, neurons)."""
-    for o in range(0, x.shape[1], _rows(x)):
-        s = slice(o, o + _rows(x))
-        current = (x[:, s].to(scale.dtype) * scale).add_(shift)
-        if residual is not None:
-            current = current.add_(residual[:, s]) if len(x) == T else current + residual[:, s]
-        yield s, current.expand(T, -1, -1, -1).flatten(1)
-
-
-def _forward_torch(x, residual, spikes, bits, scale, shift, decay, v_th, lens):
-    for s, current in _currents(x, residual, len(spikes), scale, shift):
-        save = None if bits is None else bits[:, s].flatten(1)
-        forward_torch(current, spikes[:, s].flatten(1), save, decay, v_th, lens)
-
-
-def _dcurrent_torch(g, bits, x, residual, scale, shift, decay, v_th, lens):
-    """Gradient of the input current, (T, O, C, S) in fp32 (fp64)."""
-    dcurrent = torch.empty_like(g, dtype=scale.dtype)
-    if bits is not None:
-        backward_torch(g.flatten(1), bits.flatten(1), dcurrent.flatten(1), decay, lens)
-    else:
-        for s, current in _currents(x, residual, len(g), scale, shift):
-            backward_full_torch(g[:, s].flatten(1), current, dcurrent[:, s].flatten(1), decay, v_th, lens)
-    return dcurrent
-
-
-def _sums_torch(d, x, mean, inv_std):
-    """Sums of d and of d*xhat, (2, C) fp64."""
-    sums = torch.zeros(2, x.shape[2], dtype=torch.float64, device=x.device)
-    for d, part in zip(_split(d), _split(x)):
-        sums[0] += d.sum((0, 2))
-        sums[1] += (part.to(d.dtype) - mean).mul_(d).sum((0, 2))
-    sums[1] *= inv_std.view(-1)
-    return sums
-
-
-def _apply_torch(d, x, means, scale, mean, inv_std):
-    """dx from d, dcurrent (summed over T where x is the same at every step), and the two means, if they move with x."""
-    dx = torch.empty_like(x)
-    if means is not None:
-        a, b = means.to(scale.dtype).unsqueeze(-1)
-        a, b = -scale * a, -scale * inv_std * b
-    for d, part, out in zip(_split(d), _split(x), _split(dx)):
-        d = d * scale if means is None else torch.addcmul(a, d, scale).addcmul_(part.to(d.dtype) - mean, b)
-        out.copy_(d)
-    return dx
-
-
-def _native_torch(d, x, scale, mean, inv_std):
-    """dx and the sums at once, by nn.BatchNorm2d's own kernel: quicker on CPUs, which take images channels-last too."""
-    C, S = x.shape[2:]
-    images = (lambda y: y.view(-1, C).t()[None, :, :, None]) if S == 1 else (lambda y: y.flatten(0, 1).unsqueeze(-1))
-    weight, mean, inv_std = (v.view(-1) for v in (scale / inv_std, mean, inv_std))
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        images(d), images(x), weight, None, None, mean, inv_std, True, 0.0, [True, True, True])
-    return (dx[0, :, :, 0].t() if S == 1 else dx).reshape(x.shape), torch.stack((dbias, dweight)).double()
-
-
-# ---------------------------------------------------------------------------------------------- Triton kernels
-# a tile is BR rows (o, s) by BC channels, so that a channel's vectors are read once a program and its sums are sums
-# over rows; 16-byte accesses run along c for S = 1, along s otherwise (BC = 1). T is unrolled, the rest are run-time
-# values. a row number fits 32 bits, which makes its division by S cheap; offsets in memory have 64.
-
-if triton is not None:
-
-    @triton.jit
-    def _tile(row, R, C, S, BR: tl.constexpr, BC: tl.constexpr):
-        """Offsets and mask of the rows from `row` on, in this program's channels: (o, c, s) lies at (o*C + c)*S + s."""
-        r = row + tl.arange(0, BR)[:, None]
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        return ((r // S).to(tl.int64) * C + c) * S + r % S, (r < R) & (c < C)
-
-    @triton.jit
-    def _channels(Vector, C, other, BC: tl.constexpr):
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        return tl.load(Vector + c, c < C, other).to(tl.float32)
-
-    @triton.jit
-    def _affine_kernel(Weight, Bias, Mean, Var, eps, C, BC: tl.constexpr):
-        """scale, shift, mean and 1/std of this program's channels, by exactly rounded operations, as in PyTorch."""
-        mean, std = _channels(Mean, C, 0.0, BC), tl.sqrt_rn(_channels(Var, C, 1.0, BC) + eps)
-        scale = tl.div_rn(_channels(Weight, C, 0.0, BC), std)
-        return scale, _channels(Bias, C, 0.0, BC) - mean * scale, mean, tl.div_rn(1.0, std)
-
-    @triton.jit
-    def _stats_kernel(X, Parts, R, C, S, BR: tl.constexpr, BC: tl.constexpr):
-        """Parts[p] = count, mean and sum of squared deviations of every P-th tile. Reads x. R runs over T as well.
-
-        The sums are of x - shift, shift the mean of the first tile: fp32 loses nothing to a large common mean.
-        """
-        first = tl.program_id(0) * BR
-        offs, inside = _tile(first, R, C, S, BR, BC)
-        shift = tl.sum(tl.load(X + offs, inside, 0).to(tl.float32), 0, keep_dims=True) / tl.minimum(R - first, BR)
-        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-        count = 0
-        for row in range(first, R, tl.num_programs(0) * BR):
-            offs, inside = _tile(row, R, C, S, BR, BC)
-            d = tl.where(inside, tl.load(X + offs, inside, 0).to(tl.float32) - shift, 0.0)
-            s1, s2, count = s1 + d, s2 + d * d, count + tl.minimum(R - row, BR)
-        total = tl.sum(s1, 0, keep_dims=True).to(tl.float64)
-        m2 = tl.sum(s2, 0, keep_dims=True).to(tl.float64) - total * total / count
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        Parts += tl.program_id(0).to(tl.int64) * 3 * C + c
-        tl.store(Parts, tl.zeros([1, BC], tl.float64) + count, c < C)
-        tl.store(Parts + C, shift.to(tl.float64) + total / count, c < C)
-        tl.store(Parts + 2 * C, tl.maximum(m2, 0.0), c < C)
-
-    @triton.jit
-    def _combine_kernel(Parts, Stats, P, n, C, BP: tl.constexpr, BC: tl.constexpr):
-        """Chan's formula in fp64: Parts (P, 3, C) -> Stats (2, C), mean and biased variance."""
-        c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-        total = tl.zeros([BP, BC], tl.float64)
-        for first in range(0, P, BP):
-            p = first + tl.arange(0, BP)[:, None]
-            part = Parts + p * 3 * C + c
-            inside = (p < P) & (c < C)
-            total += tl.load(part, inside, 0.0) * tl.load(part + C, inside, 0.0)
-        mean = tl.sum(total, 0, keep_dims=True) / n
-        total = tl.zeros([BP, BC], tl.float64)
-        for first in range(0, P, BP):
-            p = first + tl.arange(0, BP)[:, None]
-            part = Parts + p * 3 * C + c
-            inside = (p < P) & (c < C)
-            d = tl.load(part + C, inside, 0.0) - mean
-            total += tl.load(part + 2 * C, inside, 0.0) + tl.load(part, inside, 0.0) * d * d
-        tl.store(Stats + c, mean, c < C)
-        tl.store(Stats + C + c, tl.sum(total, 0, keep_dims=True) / n, c < C)
-
-    @triton.jit
-    def _forward_kernel(X, Residual, F, Bits, Weight, Bias, Mean, Var, eps, R, C, S, N: tl.int64, decay, v_th, lens,
-                        T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-        """Reads x and the residual, writes spikes and, unless Bits is None, two bits per neuron-step."""
-        offs, inside = _tile(tl.program_id(0) * BR, R, C, S, BR, BC)
-        scale, shift, _, _ = _affine_kernel(Weight, Bias, Mean, Var, eps, C, BC)
-        leak = tl.zeros([BR, BC], tl.float32)
-        code = tl.zeros([BR, BC], tl.int32)
-        for t in tl.static_range(T):
-            if t == 0 or not STATIC:
-                bn = tl.load(X + t * N + offs, inside, 0).to(tl.float32) * scale + shift
-            current = bn
-            if Residual is not None:
-                current += tl.load(Residual + t * N + offs, inside, 0).to(tl.float32)
-            u, fired, window = fire(leak, current, v_th, lens)
-            tl.store(F + t * N + offs, tl.where(fired, 1.0, 0.0), inside)
-            leak = u * tl.where(fired, 0.0, decay)
-            if Bits is not None:
-                code = pack(code, fired, window, t)
-                if t % 4 == 3 or t == T - 1:
-                    tl.store(Bits + t // 4 * N + offs, code, inside)
-                    code = tl.zeros([BR, BC], tl.int32)
-
-    @triton.jit
-    def _potentials(X, Residual, offs, inside, scale, shift, N, decay, v_th, T: tl.constexpr, STATIC: tl.constexpr,
-                    BR: tl.constexpr, BC: tl.constexpr):
-        """U of all steps, recomputed into registers: a tuple."""
-        leak = tl.zeros([BR, BC], tl.float32)
-        us = ()
-        for t in tl.static_range(T):
-            if t == 0 or not STATIC:
-                bn = tl.load(X + t * N + offs, inside, 0).to(tl.float32) * scale + shift
-            current = bn
-            if Residual is not None:
-                current += tl.load(Residual + t * N + offs, inside, 0).to(tl.float32)
-            u, fired, _ = fire(leak, current, v_th, 0.0)
-            leak = u * tl.where(fired, 0.0, decay)
-            us = us + (u,)
-        return us
-
-    @triton.jit
-    def _backward_kernel(G, Bits, X, Residual, Means, Parts, DX, DResidual, Weight, Bias, Mean, Var, eps, R, C, S,
-                         N: tl.int64, decay, v_th, lens, inv, T: tl.constexpr, STATIC: tl.constexpr,
-                         BR: tl.constexpr, BC: tl.constexpr):
-        """dcurrent from g and two bits (Bits None: from U, recomputed), over every P-th tile.
-
-        With Parts the first pass: reads x, Parts[p] = sums of dcurrent and dcurrent*xhat. With DX or DResidual the
-        second: reads x unless Means, the two sums over n, is None; writes the gradients of x and of the residual.
-        """
-        scale, shift, mean, inv_std = _affine_kernel(Weight, Bias, Mean, Var, eps, C, BC)
-        if Means is not None:
-            mean_d, mean_dxhat = _channels(Means, C, 0.0, BC), _channels(Means + C, C, 0.0, BC)
-        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-        for row in range(tl.program_id(0) * BR, R, tl.num_programs(0) * BR):
-            offs, inside = _tile(row, R, C, S, BR, BC)
-            du, sum_t = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-            code = tl.zeros([BR, BC], tl.int32)
-            if Bits is None:
-                us = _potentials(X, Residual, offs, inside, scale, shift, N, decay, v_th, T, STATIC, BR, BC)
-            for t in tl.static_range(T - 1, -1, -1):
-                g = tl.load(G + t * N + offs, inside, 0).to(tl.float32)
-                if Bits is None:
-                    u = us[t]
-                    if t < T - 1:
-                        g = g - du * (u * decay)
-                    du = g * tl.where(tl.abs(u - v_th) < lens, inv, 0.0) + du * tl.where(u > v_th, 0.0, decay)
-                else:
-                    if t % 4 == 3 or t == T - 1:
-                        code = tl.load(Bits + t // 4 * N + offs, inside, 0).to(tl.int32)
-                    du = backward_step(g, du, code, t, decay, inv)
-                if DResidual is not None:
-                    tl.store(DResidual + t * N + offs, du, inside)
-                d = du
-                if STATIC:
-                    sum_t += du
-                    d = sum_t
-                if not STATIC or t == 0:
-                    if Parts is not None or Means is not None:
-                        centred = tl.load(X + t * N + offs, inside, 0).to(tl.float32) - mean
-                    if Parts is not None:
-                        s1 += d
-                        s2 += d * centred
-                    if DX is not None:
-                        if Means is not None:
-                            d = d - mean_d - centred * inv_std * mean_dxhat
-                        tl.store(DX + t * N + offs, d * scale, inside)
-        if Parts is not None:
-            c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-            Parts += tl.program_id(0).to(tl.int64) * 2 * C + c
-            tl.store(Parts, tl.sum(s1, 0, keep_dims=True), c < C)
-            tl.store(Parts + C, tl.sum(s2, 0, keep_dims=True) * inv_std, c < C)
-
-
-REDUCING = 1024  # programs of a reduction: a fixed number, so that sums don't depend on the device
-
-
-def _grid(x, planes, tile, programs=None):
-    """The grid over `planes` planes of x in tiles of BR rows by BC channels, and what all kernels over tiles take."""
-    _, O, C, S = x.shape
-    R = planes * O * S
-    if R >= 2**30:
-        raise ValueError(f"impl='triton' takes fewer than 2**30 values a channel, not {R}")
-    BC = 1 if S > 1 else min(64, triton.next_power_of_2(C))
-    BR, across = tile // BC, triton.cdiv(C, BC)
-    P = triton.cdiv(R, BR)
-    P = P if programs is None else min(P, max(1, programs // across))
-    return (P, across), dict(R=R, C=C, S=S, BR=BR, BC=BC, num_warps=4, enable_fp_fusion=False)
-
-
-def _stats_triton(x, n):
-    grid, args = _grid(x, len(x), 2048, REDUCING)
-    parts = x.new_empty(grid[0], 3, args["C"], dtype=torch.float64)
-    stats = x.new_empty(2, args["C"], dtype=torch.float64)
-    with torch.cuda.device_of(x):
-        _stats_kernel[grid](x, parts, **args)
-        _combine_kernel[(triton.cdiv(args["C"], 8),)](parts, stats, len(parts), n, args["C"], BP=128, BC=8)
-    return stats
-
-
-def _forward_triton(x, residual, spikes, bits, vectors, eps, decay, v_th, lens):
-    grid, args = _grid(x, 1, 1024)
-    with torch.cuda.device_of(x):
-        _forward_kernel[grid](x, residual, spikes, bits, *vectors, eps, N=x[0].numel(), decay=decay, v_th=v_th,
-                              lens=lens, T=len(spikes), STATIC=len(x) < len(spikes), **args)
-
-
-def _backward_triton(g, bits, x, residual, means, dx, dresidual, vectors, eps, decay, v_th, lens):
-    """Writes dx and dresidual; where both are None, returns the sums instead: (2, C) fp64."""
-    reduce = dx is None and dresidual is None
-    if not x.numel():
-        return x.new_zeros(2, x.shape[2], dtype=torch.float64) if reduce else None
-    # U of all steps takes registers: fewer neurons a thread
-    tile = 1024 if bits is not None else min(1024, 4096 // triton.next_power_of_2(len(g)))
-    grid, args = _grid(x, 1, tile, REDUCING if reduce else None)
-    parts = x.new_empty(grid[0], 2, args["C"], dtype=torch.float32) if reduce else None
-    with torch.cuda.device_of(x):
-        _backward_kernel[grid](g, bits, x, residual, means, parts, dx, dresidual, *vectors, eps, N=x[0].numel(),
-                               decay=decay, v_th=v_th, lens=lens, inv=1 / (2 * lens), T=len(g),
-                               STATIC=len(x) < len(g), **args)
-    return parts.sum(0, dtype=torch.float64) if reduce else None
-
-
-# ---------------------------------------------------------------------------------------------- operators
-# functional, over contiguous (T, O, C, S); x (1, O, C, S) with T > 1 is the same current at every step. each way is one
-# operator, bn_lif_train and bn_lif_backward: a call costs as much as a small layer. under a process group the sums must
-# leave for the other ranks, where torch.compile sees it: bn_lif_stats and bn_lif_reduce are the first halves alone.
-# constants are eps, decay, v_th, lens.
+    from kernels.lif import backward_step, fire, load_steps, pack, reset
 
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
 
@@ -381,241 +56,658 @@ def _accumulator(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _statistics(x, impl):
-    n = x.numel() // x.shape[2]
-    return _combine_torch(_stats_torch(x), n) if impl == "torch" else _stats_triton(x, n)
+# ---------------------------------------------------------------------------- the specification
+
+def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e-5, decay=0.25,
+                     v_th=0.5, lens=0.5, detach_reset=True):
+    """The equations as they stand, in fp32 (fp64), differentiated by autograd, statistics too.
+
+    x (T, B, C, H, W) -> spikes of x's shape and dtype. mean, var (C,): of x if None.
+    """
+    acc, per_channel = _accumulator(x), (-1, 1, 1)
+    x_acc = x.to(acc)
+    if mean is None:
+        var, mean = torch.var_mean(x_acc, (0, 1, 3, 4), correction=0)
+    scale = weight.to(acc) / (var.to(acc) + eps).sqrt()
+    shift = bias.to(acc) - mean.to(acc) * scale
+    current = x_acc * scale.view(per_channel) + shift.view(per_channel)
+    if residual is not None:
+        current = current + residual.to(acc)
+    return lif_reference(current, decay, v_th, lens, detach_reset).to(x.dtype)
 
 
-def _forward(x, residual, bits, weight, bias, stats, T, constants, impl):
-    """Spikes, and the statistics, or nothing if they were given."""
-    spikes, own = x.new_empty(T, *x.shape[1:]), x.new_empty(0, dtype=_accumulator(x))
-    if stats is None:
-        stats = own = _statistics(x, impl).to(own.dtype)
-    vectors = weight, bias, *stats
-    if impl == "torch":
-        scale, shift, _, _ = _affine(*vectors, constants[0])
-        _forward_torch(x, residual, spikes, bits, scale, shift, *constants[1:])
-    elif x.numel():
-        _forward_triton(x, residual, spikes, bits, vectors, *constants)
-    return spikes, own
+# ---------------------------------------------------------------------------- batch norm, PyTorch
+# functional collectives, which torch.compile can trace.
+
+def _all_reduce(x, group):
+    """Sum over the ranks of the process group of this name."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
 
 
-@torch.library.custom_op("idsnn::bn_lif_stats", mutates_args=())
-def _stats(x: Tensor, impl: str) -> Tensor:
-    """(2, C) fp64: mean and biased variance of this process's x."""
-    return _statistics(x, impl)
+class _AllReduce(torch.autograd.Function):
+    """Sum over the ranks, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _AllReduce.apply(g, ctx.group), None
 
 
-@torch.library.custom_op("idsnn::bn_lif_infer", mutates_args=())
-def _infer(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Maybe, T: int, constants: list[float],
-           impl: str) -> tuple[Tensor, Tensor]:
-    """Spikes, and the statistics (2, C), empty if given."""
-    return _forward(x, residual, None, weight, bias, stats, T, constants, impl)
+def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group=None):
+    """F.batch_norm of x (N, C, H, W) whose batch statistics are over all ranks of `group`.
+
+    Every rank holds an x of the same shape. The result has x's dtype.
+    """
+    if group is None or not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    per_channel, ranks, name = (-1, 1, 1), group.size(), group.group_name
+    x_acc = x.to(_accumulator(x))
+    mean = _AllReduce.apply(x_acc.mean((0, 2, 3)), name) / ranks
+    centred = x_acc - mean.view(per_channel)
+    var = _AllReduce.apply(centred.square().mean((0, 2, 3)), name) / ranks
+    if running_mean is not None:
+        n = ranks * x.numel() // x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+    y = centred * (var + eps).rsqrt().view(per_channel)
+    if weight is not None:
+        y = y * weight.view(per_channel) + bias.view(per_channel)
+    return y.to(x.dtype)
 
 
-@torch.library.custom_op("idsnn::bn_lif_train", mutates_args=())
-def _train(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Maybe, T: int, constants: list[float],
-           detach_reset: bool, n: int, group: str, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bits too, empty if the reset is not detached. n and group are for the backward; n = 0: constant statistics."""
-    bits = x.new_empty((T + 3) // 4 if detach_reset else 0, *x.shape[1:], dtype=torch.uint8)
-    spikes, own = _forward(x, residual, bits if detach_reset else None, weight, bias, stats, T, constants, impl)
-    return spikes, bits, own
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose batch statistics are over all processes of torch.distributed, forward
+    and backward, on CPUs and GPUs (nn.SyncBatchNorm refuses CPU tensors)."""
+
+    def forward(self, x):
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if alone or not self.training:
+            return super().forward(x)
+        momentum = self.momentum
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            if momentum is None:  # a plain average over all batches, as in nn.BatchNorm2d
+                momentum = 1 / float(self.num_batches_tracked)
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True,
+                          momentum, self.eps, dist.group.WORLD)
+
+
+# ---------------------------------------------------------------------------- Triton kernels
+# to the kernels a time-step is (O, C, S) with C channels: O = B*H*W, S = 1 in channels-last
+# memory, O = B, S = H*W in contiguous memory. a tile is BR rows (o, s) by BC channels, so that a
+# channel's vectors are read once a program and its sums are sums over rows; 16-byte accesses run
+# along c for S = 1, along s otherwise (BC = 1). T is unrolled, the rest are run-time values. a row
+# number fits 32 bits, which makes its division by S cheap; offsets in memory have 64.
+#
+# fold: channels-last memory (O, C) is also (O/k, k*C), where channel c stands k times. With
+# k*C a multiple of 64, tiles are full and accesses 16 bytes wide for every C; per-channel vectors
+# are written `fold` times side by side, partial sums of the k copies are just more parts.
+
+TILE = 1024  # neurons of a program: 8 for each of 128 threads, 16 bytes in bf16
+# programs of a reduction: 4 on each of an H100's 132 multiprocessors run at once, one whole wave,
+# with all the registers they need (128 a thread). a fixed number, so that sums don't depend on the
+# device.
+REDUCING = 4 * 132
+PARTS, CHANNELS = 512, 8  # tile of the kernels that combine the parts of a reduction
+
+if triton is not None:
+    # rows of `vectors` (5, fold*C), fp32: what is the same for all of a channel
+    MEAN, VAR, INV_STD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+    SCALE, SHIFT = tl.constexpr(3), tl.constexpr(4)
+
+    @triton.jit
+    def _tile(row, R, C, S, BR: tl.constexpr, BC: tl.constexpr):
+        """Offsets and mask of the rows from `row` on, in this program's channels.
+
+        (o, c, s) lies at (o*C + c)*S + s.
+        """
+        r = row + tl.arange(0, BR)[:, None]
+        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+        return ((r // S).to(tl.int64) * C + c) * S + r % S, (r < R) & (c < C)
+
+    @triton.jit
+    def _channels(Vectors, row, W, BC: tl.constexpr):
+        """A row of (rows, W) vectors, for this program's channels."""
+        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+        return tl.load(Vectors + row * W + c, c < W, 0.0)
+
+    @triton.jit
+    def _store_part(Parts, row, value, C, BC: tl.constexpr):
+        """Parts (rows, programs, C)."""
+        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+        part = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C + c
+        tl.store(Parts + part, value, c < C)
+
+    @triton.jit
+    def _statistics_kernel(X, Parts, R, C, S, N: tl.int64, T: tl.constexpr, BR: tl.constexpr,
+                           BC: tl.constexpr):
+        """Parts (4, P, C) of every P-th tile: count, shift, sum(x - shift), sum((x - shift)**2).
+
+        Reads x. shift is the mean of the first tile: fp32 loses nothing to a large common mean.
+        """
+        first = tl.program_id(0) * BR
+        offsets, inside = _tile(first, R, C, S, BR, BC)
+        x = tl.load(X + offsets, inside, 0).to(tl.float32)
+        shift = tl.sum(x, 0, keep_dims=True) / tl.minimum(R - first, BR)
+        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+        rows = 0
+        for row in range(first, R, tl.num_programs(0) * BR):
+            offsets, inside = _tile(row, R, C, S, BR, BC)
+            xs = load_steps(X, N, offsets, inside, T)
+            for t in tl.static_range(T):
+                d = tl.where(inside, xs[t].to(tl.float32) - shift, 0.0)
+                s1 += d
+                s2 += d * d
+            rows += tl.minimum(R - row, BR)
+        _store_part(Parts, 0, tl.zeros([1, BC], tl.float32) + rows * T, C, BC)
+        _store_part(Parts, 1, shift, C, BC)
+        _store_part(Parts, 2, tl.sum(s1, 0, keep_dims=True), C, BC)
+        _store_part(Parts, 3, tl.sum(s2, 0, keep_dims=True), C, BC)
+
+    @triton.jit
+    def _part(Parts, row, p, P, c, C):
+        """A tile of Parts (rows, P, C), in fp64."""
+        inside = (p < P) & (c < C)
+        return tl.load(Parts + (row * P + p).to(tl.int64) * C + c, inside, 0.0).to(tl.float64)
+
+    @triton.jit
+    def _combine_kernel(Parts, Weight, Bias, RunningMean, RunningVar, Whole, Vectors, P, C, fold,
+                        momentum, eps, BP: tl.constexpr, BC: tl.constexpr):
+        """Parts (4, P, C) -> Whole, one such part, or Vectors (5, fold*C) and running statistics.
+
+        In fp64, by sum((x-m)**2) = sum((x-s)**2) + (s-m) * (2*sum(x-s) + count*(s-m)). Parts None:
+        the running statistics are the statistics.
+        """
+        c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+        if Parts is None:
+            mean, var = tl.load(RunningMean + c, c < C, 0.0), tl.load(RunningVar + c, c < C, 1.0)
+        else:
+            count, total = tl.zeros([BP, BC], tl.float64), tl.zeros([BP, BC], tl.float64)
+            for first in range(0, P, BP):
+                p = first + tl.arange(0, BP)[:, None]
+                n = _part(Parts, 0, p, P, c, C)
+                count += n
+                total += n * _part(Parts, 1, p, P, c, C) + _part(Parts, 2, p, P, c, C)
+            n = tl.sum(count, 0, keep_dims=True)
+            mean = tl.sum(total, 0, keep_dims=True) / n
+            total = tl.zeros([BP, BC], tl.float64)
+            for first in range(0, P, BP):
+                p = first + tl.arange(0, BP)[:, None]
+                d = _part(Parts, 1, p, P, c, C) - mean
+                cross = 2 * _part(Parts, 2, p, P, c, C) + _part(Parts, 0, p, P, c, C) * d
+                total += _part(Parts, 3, p, P, c, C) + d * cross
+            m2 = tl.maximum(tl.sum(total, 0, keep_dims=True), 0.0)
+            var = m2 / n
+            if Whole is not None:
+                tl.store(Whole + c, n, c < C)
+                tl.store(Whole + C + c, mean, c < C)
+                tl.store(Whole + 2 * C + c, tl.zeros([1, BC], tl.float64), c < C)
+                tl.store(Whole + 3 * C + c, m2, c < C)
+            if RunningMean is not None:
+                old = tl.load(RunningMean + c, c < C, 0.0)
+                tl.store(RunningMean + c, old * (1 - momentum) + mean * momentum, c < C)
+                old = tl.load(RunningVar + c, c < C, 0.0)
+                tl.store(RunningVar + c, old * (1 - momentum) + m2 / (n - 1) * momentum, c < C)
+        if Vectors is not None:
+            mean, var = mean.to(tl.float32), var.to(tl.float32)
+            std = tl.sqrt_rn(var + eps)  # roots and quotients exactly rounded, as in PyTorch
+            scale = tl.div_rn(tl.load(Weight + c, c < C, 0.0).to(tl.float32), std)
+            shift = tl.load(Bias + c, c < C, 0.0).to(tl.float32) - mean * scale
+            inv_std = tl.div_rn(1.0, std)
+            for i in range(fold):
+                at = Vectors + i * C + c
+                tl.store(at + MEAN * fold * C, mean, c < C)
+                tl.store(at + VAR * fold * C, var, c < C)
+                tl.store(at + INV_STD * fold * C, inv_std, c < C)
+                tl.store(at + SCALE * fold * C, scale, c < C)
+                tl.store(at + SHIFT * fold * C, shift, c < C)
+
+    @triton.jit
+    def _forward_kernel(X, Residual, Spikes, Bits, Vectors, W, decay, v_th, lens, R, C, S,
+                        N: tl.int64, T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr,
+                        BC: tl.constexpr):
+        """Reads x and the residual, writes spikes and, unless Bits is None, two bits."""
+        offsets, inside = _tile(tl.program_id(0) * BR, R, C, S, BR, BC)
+        xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
+        if Residual is not None:
+            residuals = load_steps(Residual, N, offsets, inside, T)
+        scale, shift = _channels(Vectors, SCALE, W, BC), _channels(Vectors, SHIFT, W, BC)
+        leak = tl.zeros([BR, BC], tl.float32)
+        code = tl.zeros([BR, BC], tl.int32)
+        for t in tl.static_range(T):
+            current = xs[0 if STATIC else t].to(tl.float32) * scale + shift
+            if Residual is not None:
+                current += residuals[t].to(tl.float32)
+            u, fired, window = fire(leak, current, v_th, lens)
+            tl.store(Spikes + t * N + offsets, tl.where(fired, 1.0, 0.0), inside)
+            leak = reset(u, fired, decay)
+            if Bits is not None:
+                code = pack(code, fired, window, t)
+                if t % 4 == 3 or t == T - 1:
+                    tl.store(Bits + t // 4 * N + offsets, code, inside)
+                    code = tl.zeros([BR, BC], tl.int32)
+
+    @triton.jit
+    def _reduce_kernel(G, Bits, X, Vectors, W, Parts, decay, inv, R, C, S, N: tl.int64,
+                       T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+        """Parts (2, P, C) of every P-th tile: sums of dcurrent and dcurrent*xhat.
+
+        Reads g, bits and x.
+        """
+        mean = _channels(Vectors, MEAN, W, BC)
+        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+        for row in range(tl.program_id(0) * BR, R, tl.num_programs(0) * BR):
+            offsets, inside = _tile(row, R, C, S, BR, BC)
+            gs = load_steps(G, N, offsets, inside, T)
+            codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
+            xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
+            du, total = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+            for t in tl.static_range(T - 1, -1, -1):
+                du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+                total += du
+                if not STATIC:
+                    s2 += du * (xs[t].to(tl.float32) - mean)
+            if STATIC:
+                s2 += total * (xs[0].to(tl.float32) - mean)
+            s1 += total
+        inv_std = _channels(Vectors, INV_STD, W, BC)
+        _store_part(Parts, 0, tl.sum(s1, 0, keep_dims=True), C, BC)
+        _store_part(Parts, 1, tl.sum(s2, 0, keep_dims=True) * inv_std, C, BC)
+
+    @triton.jit
+    def _means_kernel(Parts, Vectors, Sums, Means, P, n, C, fold, BP: tl.constexpr,
+                      BC: tl.constexpr):
+        """Parts (2, P, C) -> Sums (2, C), and Means (2, fold*C), the sums over n, the second
+        times 1/std besides; each unless None."""
+        c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+        s1, s2 = tl.zeros([BP, BC], tl.float64), tl.zeros([BP, BC], tl.float64)
+        for first in range(0, P, BP):
+            p = first + tl.arange(0, BP)[:, None]
+            s1 += _part(Parts, 0, p, P, c, C)
+            s2 += _part(Parts, 1, p, P, c, C)
+        s1, s2 = tl.sum(s1, 0, keep_dims=True), tl.sum(s2, 0, keep_dims=True)
+        if Sums is not None:
+            tl.store(Sums + c, s1, c < C)
+            tl.store(Sums + C + c, s2, c < C)
+        if Means is not None:
+            inv_std = tl.load(Vectors + INV_STD * fold * C + c, c < C, 0.0)
+            for i in range(fold):
+                tl.store(Means + i * C + c, s1 / n, c < C)
+                tl.store(Means + (fold + i) * C + c, s2 / n * inv_std, c < C)
+
+    @triton.jit
+    def _apply_kernel(G, Bits, X, Vectors, Means, W, DX, DResidual, decay, inv, R, C, S,
+                      N: tl.int64, T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr,
+                      BC: tl.constexpr):
+        """Reads g, bits and, unless Means is None (constant statistics), x; writes dx and
+        dresidual, unless None."""
+        offsets, inside = _tile(tl.program_id(0) * BR, R, C, S, BR, BC)
+        gs = load_steps(G, N, offsets, inside, T)
+        codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
+        if Means is not None:
+            xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
+            mean = _channels(Vectors, MEAN, W, BC)
+            mean_d, slope = _channels(Means, 0, W, BC), _channels(Means, 1, W, BC)
+        scale = _channels(Vectors, SCALE, W, BC)
+        du, total = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+        for t in tl.static_range(T - 1, -1, -1):
+            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+            if DResidual is not None:
+                tl.store(DResidual + t * N + offsets, du, inside)
+            total += du
+            if DX is not None and (t == 0 or not STATIC):
+                d = total if STATIC else du
+                if Means is not None:
+                    d = d - mean_d - (xs[t].to(tl.float32) - mean) * slope
+                tl.store(DX + t * N + offsets, d * scale, inside)
+
+
+# ---------------------------------------------------------------------------- memory and launches
+
+def _channels_last(x):
+    return x.stride(2) == 1 and not x.is_contiguous()
+
+
+def _dense(x, like):
+    """x (T, B, C, H, W) with the memory of a dense (T, B, H, W, C) or (T, B, C, H, W), as `like`
+    has it; a copy only if it lies otherwise. The kernels see nothing of it but its memory."""
+    return (x.permute(0, 1, 3, 4, 2) if _channels_last(like) else x).contiguous()
+
+
+def _planes(x, T, dtype=None):
+    """Empty (T, B, C, H, W), channels-last as x is or contiguous."""
+    _, B, C, H, W = x.shape
+    dtype = dtype or x.dtype
+    if _channels_last(x):
+        return x.new_empty(T, B, H, W, C, dtype=dtype).permute(0, 1, 4, 2, 3)
+    return x.new_empty(T, B, C, H, W, dtype=dtype)
+
+
+def _fold(C):
+    """How often channels stand side by side in per-channel vectors: to a multiple of 64."""
+    return 64 // math.gcd(64, C)
+
+
+def _grid(x, T, programs=None):
+    """The grid over tiles of one time-step of x and what all kernels over tiles take."""
+    N, C, S = x[0].numel(), x.shape[2], 1 if _channels_last(x) else x.shape[3] * x.shape[4]
+    O = N // (C * S)  # noqa: E741
+    fold = math.gcd(_fold(C), O) if S == 1 else 1
+    R, C = O * S // fold, C * fold
+    if R >= 2**30:
+        raise ValueError(f"impl='triton' takes fewer than 2**30 values a channel, not {R}")
+    BC = 1 if S > 1 else min(64, triton.next_power_of_2(C))
+    # all steps' loads stay in registers: fewer neurons a thread where they take more than 32 bytes
+    tile = TILE * 32 // max(32, triton.next_power_of_2(T * x.element_size()))
+    BR, across = tile // BC, triton.cdiv(C, BC)
+    P = triton.cdiv(R, BR)
+    if programs is not None:
+        P = min(P, max(1, programs // across))
+    return (P, across), dict(R=R, C=C, S=S, N=N, T=T, BR=BR, BC=BC, num_warps=4,
+                             enable_fp_fusion=False)
+
+
+def _launch_combine(kernel, C, *args):
+    kernel[(triton.cdiv(C, CHANNELS),)](*args, BP=PARTS, BC=CHANNELS, num_warps=8,
+                                        enable_fp_fusion=False)
+
+
+def _combine(parts, weight, bias, running_mean, running_var, whole, vectors, momentum=0.0,
+             eps=0.0):
+    """parts (4, P, fold*C), or None for constant statistics -> whole or vectors, unless None."""
+    C = (running_mean if parts is None else weight if whole is None else whole[0]).numel()
+    P = 0 if parts is None else parts[0].numel() // C
+    _launch_combine(_combine_kernel, C, parts, weight, bias, running_mean, running_var, whole,
+                    vectors, P, C, _fold(C), momentum, eps)
+
+
+def _statistics_parts(x):
+    grid, args = _grid(x, len(x), REDUCING)
+    parts = x.new_empty(4, grid[0], args["C"], dtype=torch.float32)
+    _statistics_kernel[grid](_dense(x, x), parts, **args)
+    return parts
+
+
+def _gradient_parts(g, bits, x, vectors, decay, lens):
+    grid, args = _grid(x, len(g), REDUCING)
+    parts = x.new_empty(2, grid[0], args["C"], dtype=torch.float32)
+    _reduce_kernel[grid](_dense(g, x), bits, _dense(x, x), vectors, vectors.shape[1], parts, decay,
+                         1 / (2 * lens), STATIC=len(x) < len(g), **args)
+    return parts
+
+
+# ---------------------------------------------------------------------------- operators
+# x (T, B, C, H, W), or (1, B, C, H, W) for the same current at every step. an operator costs the
+# host as much as a small layer, so each way is one, but for the statistics: they may update the
+# running ones, and what mutates has no derivative. under a process group the sums must leave for
+# the other ranks, where torch.compile sees it: _whole and _reduce are the first halves alone.
+
+@torch.library.custom_op("idsnn::bn_lif_whole", mutates_args=())
+def _whole(x: Tensor) -> Tensor:
+    """This process's count, mean, 0 and sum of squared deviations: (4, C) fp64."""
+    whole = x.new_empty(4, x.shape[2], dtype=torch.float64)
+    with torch.cuda.device_of(x):
+        _combine(_statistics_parts(x), None, None, None, None, whole, None)
+    return whole
+
+
+@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=("running_mean", "running_var"))
+def _statistics(x: Tensor, wholes: Maybe, weight: Tensor, bias: Tensor, running_mean: Maybe,
+                running_var: Maybe, momentum: float, eps: float) -> Tensor:
+    """Vectors (5, fold*C) of x's statistics or those of all ranks, wholes (4, ranks, C)."""
+    vectors = _new_vectors(weight)
+    with torch.cuda.device_of(x):
+        parts = _statistics_parts(x) if wholes is None else wholes
+        _combine(parts, weight, bias, running_mean, running_var, None, vectors, momentum, eps)
+    return vectors
+
+
+@torch.library.custom_op("idsnn::bn_lif_constants", mutates_args=())
+def _constants(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Vectors (5, fold*C) of constant statistics."""
+    vectors = _new_vectors(weight)
+    with torch.cuda.device_of(weight):
+        _combine(None, weight, bias, mean, var, None, vectors, eps=eps)
+    return vectors
+
+
+@torch.library.custom_op("idsnn::bn_lif", mutates_args=())
+def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
+            n: int, decay: float, v_th: float, lens: float, group: str,
+            save: bool) -> tuple[Tensor, Tensor]:
+    """Spikes, and bits, empty unless `save`. For the derivative are weight and bias, which the
+    vectors hold already, n, values per channel (0: constant statistics), and group."""
+    spikes, bits = _outputs(x, T, save)
+    if x.numel():
+        grid, args = _grid(x, T)
+        residual = None if residual is None else _dense(residual, x)
+        with torch.cuda.device_of(x):
+            _forward_kernel[grid](_dense(x, x), residual, spikes, bits if save else None, vectors,
+                                  vectors.shape[1], decay, v_th, lens, STATIC=len(x) < T, **args)
+    return spikes, bits
 
 
 @torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
-def _reduce(g: Tensor, bits: Tensor, x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Tensor,
-            constants: list[float], impl: str) -> Tensor:
+def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
+            lens: float) -> Tensor:
     """(2, C) fp64: this process's sums of dcurrent and of dcurrent*xhat."""
-    return _backward(g, bits, x, residual, weight, bias, stats, None, constants, 0, False, False, True, impl)[2]
+    C = x.shape[2]
+    sums = x.new_empty(2, C, dtype=torch.float64)
+    with torch.cuda.device_of(x):
+        parts = _gradient_parts(g, bits, x, vectors, decay, lens)
+        _launch_combine(_means_kernel, C, parts, None, sums, None, parts[0].numel() // C, 1, C, 1)
+    return sums
 
 
 @torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
-def _backward(g: Tensor, bits: Tensor, x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, stats: Tensor,
-              sums: Maybe, constants: list[float], n: int, need_dx: bool, need_dresidual: bool, need_sums: bool,
-              impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the residual, and this process's sums; each empty if not needed. `sums` of all ranks, if
-    there are others, make dx; without them its own do."""
-    vectors, bits, dx, dresidual, own = (weight, bias, *stats), bits if len(bits) else None, None, None, None
-    if impl == "torch":
-        scale, shift, mean, inv_std = _affine(*vectors, constants[0])
-        dcurrent = _dcurrent_torch(g, bits, x, residual, scale, shift, *constants[1:])
-        d = dcurrent.sum(0, keepdim=True) if len(x) < len(g) else dcurrent
-        dresidual = dcurrent.to(g.dtype) if need_dresidual else None
-        if n and need_dx and sums is None and x.device.type == "cpu" and x.dtype == d.dtype:
-            dx, own = _native_torch(d, x, scale, mean, inv_std)
-        else:
-            own = _sums_torch(d, x, mean, inv_std) if need_sums else None
-            means = (own if sums is None else sums) / n if n and need_dx else None
-            dx = _apply_torch(d, x, means, scale, mean, inv_std) if need_dx else None
-    else:
-        args = vectors, *constants
-        own = _backward_triton(g, bits, x, residual, None, None, None, *args) if need_sums else None
-        means = (own if sums is None else sums) / n if n and need_dx else None
+def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, sums: Maybe, n: int,
+              decay: float, lens: float, need_dx: bool, need_dresidual: bool,
+              need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual, and this process's sums, (2, C); each empty if not
+    needed. `sums` of all ranks (2, C), if there are others, make dx; without them its own do."""
+    dx, dresidual, own = _gradients(g, x, need_dx, need_dresidual, need_sums)
+    if not x.numel():
+        return dx, dresidual, own.zero_()
+    C, means = x.shape[2], None
+    with torch.cuda.device_of(x):
+        moving = n > 0 and need_dx  # statistics move with x
+        if moving or need_sums:
+            means = torch.empty_like(vectors[:2]) if moving else None
+            parts = sums
+            if sums is None:
+                parts = _gradient_parts(g, bits, x, vectors, decay, lens)
+            _launch_combine(_means_kernel, C, parts, vectors, own if need_sums else None, means,
+                            parts[0].numel() // C, n, C, _fold(C))
         if need_dx or need_dresidual:
-            dx, dresidual = torch.empty_like(x) if need_dx else None, torch.empty_like(g) if need_dresidual else None
-            _backward_triton(g, bits, x, residual, means, dx, dresidual, *args)
-    return tuple(x.new_empty(0) if y is None else y for y in (dx, dresidual, own))
+            grid, args = _grid(x, len(g))
+            _apply_kernel[grid](_dense(g, x), bits, _dense(x, x), vectors, means,
+                                vectors.shape[1], dx if need_dx else None,
+                                dresidual if need_dresidual else None, decay, 1 / (2 * lens),
+                                STATIC=len(x) < len(g), **args)
+    return dx, dresidual, own
 
 
-@_stats.register_fake
-def _(x, impl):
-    return x.new_empty(2, x.shape[2], dtype=torch.float64)
+def _new_vectors(weight):
+    C = weight.shape[0]
+    return weight.new_empty(5, _fold(C) * C, dtype=torch.float32)
 
 
-@_infer.register_fake
-def _(x, residual, weight, bias, stats, T, constants, impl):
-    own = x.new_empty((2, x.shape[2]) if stats is None else 0, dtype=_accumulator(x))
-    return x.new_empty(T, *x.shape[1:]), own
+def _outputs(x, T, save):
+    bits = _planes(x, (T + 3) // 4, torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
+    return _planes(x, T), bits
 
 
-@_train.register_fake
-def _(x, residual, weight, bias, stats, T, constants, detach_reset, n, group, impl):
-    own = x.new_empty((2, x.shape[2]) if stats is None else 0, dtype=_accumulator(x))
-    bits = x.new_empty((T + 3) // 4 if detach_reset else 0, *x.shape[1:], dtype=torch.uint8)
-    return x.new_empty(T, *x.shape[1:]), bits, own
+def _gradients(g, x, need_dx, need_dresidual, need_sums):
+    return (_planes(x, len(x)) if need_dx else x.new_empty(0),
+            _planes(x, len(g)) if need_dresidual else x.new_empty(0),
+            x.new_empty((2, x.shape[2]) if need_sums else 0, dtype=torch.float32))
+
+
+@_whole.register_fake
+def _(x):
+    return x.new_empty(4, x.shape[2], dtype=torch.float64)
+
+
+@_statistics.register_fake
+def _(x, wholes, weight, bias, running_mean, running_var, momentum, eps):
+    return _new_vectors(weight)
+
+
+@_constants.register_fake
+def _(mean, var, weight, bias, eps):
+    return _new_vectors(weight)
+
+
+@_bn_lif.register_fake
+def _(x, residual, weight, bias, vectors, T, n, decay, v_th, lens, group, save):
+    return _outputs(x, T, save)
 
 
 @_reduce.register_fake
-def _(g, bits, x, residual, weight, bias, stats, constants, impl):
+def _(g, bits, x, vectors, decay, lens):
     return x.new_empty(2, x.shape[2], dtype=torch.float64)
 
 
 @_backward.register_fake
-def _(g, bits, x, residual, weight, bias, stats, sums, constants, n, need_dx, need_dresidual, need_sums, impl):
-    dx, dresidual = (torch.empty_like(y) if need else x.new_empty(0) for y, need in ((x, need_dx), (g, need_dresidual)))
-    return dx, dresidual, x.new_empty(2, x.shape[2], dtype=torch.float64) if need_sums else x.new_empty(0)
-
-
-def _all_reduce(sums, group):
-    """Sum over the ranks of the process group of this name: a functional collective, which torch.compile can trace."""
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(sums, "sum", group))
-
-
-def _all_gather(part, ranks, group):
-    """(...) -> (ranks, ...)"""
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_gather_into_tensor(part, ranks, group)).view(ranks, *part.shape)
+def _(g, bits, x, vectors, sums, n, decay, lens, need_dx, need_dresidual, need_sums):
+    return _gradients(g, x, need_dx, need_dresidual, need_sums)
 
 
 def _setup(ctx, inputs, output):
-    x, residual, weight, bias, stats, _, ctx.constants, detach_reset, ctx.n, ctx.group, ctx.impl = inputs
-    _, bits, own = output
-    ctx.save_for_backward(bits, x, None if detach_reset else residual, weight, bias, own if stats is None else stats)
+    x, residual, weight, bias, vectors, ctx.T, ctx.n, *ctx.neuron, ctx.group, ctx.save = inputs
+    saved = (output[1],) if ctx.save else (residual, weight, bias)
+    ctx.save_for_backward(x, vectors, *saved)
+    ctx.dtypes = weight.dtype, bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, g, *_):
+def _autograd(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         refuse_second_derivative("bn_lif")
-    grads = [None] * 11
-    if g is None:
-        return tuple(grads)
-    need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
-    need_sums = need_dweight or need_dbias or bool(ctx.n) and need_dx
-    (bits, *saved), g, total = ctx.saved_tensors, g.contiguous(), None
-    if ctx.group and need_sums:
-        sums = _reduce(g, bits, *saved, ctx.constants, ctx.impl)
-        need_sums, total = False, _all_reduce(sums, ctx.group)
-    dx, dresidual, own = _backward(g, bits, *saved, total, ctx.constants, ctx.n, need_dx, need_dresidual, need_sums,
-                                   ctx.impl)
-    sums = own if total is None else sums  # the parameters' gradients are this process's share, as in DDP
-    grads[0], grads[1] = dx if need_dx else None, dresidual if need_dresidual else None
-    grads[2] = sums[1].to(ctx.saved_tensors[3].dtype) if need_dweight else None
-    grads[3] = sums[0].to(ctx.saved_tensors[4].dtype) if need_dbias else None
-    return tuple(grads)
+    x, vectors, *saved = ctx.saved_tensors
+    decay, _, lens = ctx.neuron
+    bits = saved[0] if ctx.save else _bn_lif(  # traced without a gradient: computed anew
+        x, *saved, vectors, ctx.T, ctx.n, *ctx.neuron, "", True)[1]
+    need_dx, need_dresidual, *need_params = ctx.needs_input_grad[:4]
+    sums = own = None
+    if ctx.group:
+        own = _reduce(g, bits, x, vectors, decay, lens)
+        sums = _all_reduce(own, ctx.group)
+    dx, dresidual, alone = _backward(g, bits, x, vectors, sums, ctx.n, decay, lens, need_dx,
+                                     need_dresidual, own is None and any(need_params))
+    # the parameters' gradients are this process's share, as in DDP
+    dbias, dweight = (alone if own is None else own).unbind() if any(need_params) else (None, None)
+    grads = [dx if need_dx else None, dresidual if need_dresidual else None]
+    grads += [d.to(dtype) if need else None
+              for d, dtype, need in zip((dweight, dbias), ctx.dtypes, need_params)]
+    return *grads, *[None] * 8
 
 
-def _traced_without_gradient(ctx, *_):
-    raise RuntimeError("bn_lif was traced without a gradient and saved nothing for one: trace it with an x that requires a "
-                       "gradient, or use batch norm and lif")
+_bn_lif.register_autograd(_autograd, setup_context=_setup)
 
-
-_train.register_autograd(_autograd, setup_context=_setup)
-_infer.register_autograd(_traced_without_gradient)
-
-for _op in (_stats, _infer, _train, _reduce, _backward):
+for _op in (_whole, _statistics, _constants, _bn_lif, _reduce, _backward):
     refuse_forward_mode(_op)
 
 
-# ---------------------------------------------------------------------------------------------- what users call
+# ---------------------------------------------------------------------------- what users call
 
-def _order(x, channels_last):
-    """(T, B, C, H, W) -> contiguous (T, O, C, S); a view if the memory already lies so."""
-    T, B, C, H, W = x.shape
-    if channels_last:
-        return x.permute(0, 1, 3, 4, 2).reshape(T, B * H * W, C, 1).contiguous()
-    return x.reshape(T, B, C, H * W).contiguous()
+def _composed(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
+              neuron, detach_reset, group, impl):
+    """Batch norm, add, lif; the current is fp32 for bf16 and fp16 too."""
+    current = batch_norm(x.flatten(0, 1).to(_accumulator(x)), running_mean, running_var, weight,
+                         bias, training, momentum, eps, group)
+    current = current.unflatten(0, x.shape[:2]).expand(T, -1, -1, -1, -1)  # (T, B, C, H, W)
+    if residual is not None:
+        current = current + residual
+    return lif(current, *neuron, detach_reset, impl).to(x.dtype)
 
 
-def bn_lif(x, weight, bias, residual=None, mean=None, var=None, *, T=None, eps=1e-5, decay=0.25, v_th=0.5, lens=0.5,
-           detach_reset=True, group=None, impl=None):
-    """Spikes of LIF neurons behind a batch norm and an optional residual add; every call starts from U = 0.
+def _fused(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
+           neuron, group):
+    n, name, wholes = 0, "", None
+    with torch.no_grad():  # the statistics' part of the derivative is idsnn::bn_lif's
+        if not training:
+            vectors = _constants(running_mean, running_var, weight, bias, eps)
+        else:
+            n = x.numel() // x.shape[2]
+            if group is not None:
+                n, name = n * group.size(), group.group_name
+                ops = torch.ops._c10d_functional
+                gathered = ops.all_gather_into_tensor(_whole(x), group.size(), name)
+                wholes = ops.wait_tensor(gathered).unflatten(0, (-1, 4))
+                wholes = wholes.transpose(0, 1).contiguous()  # (ranks, 4, C) -> (4, ranks, C)
+            vectors = _statistics(x, wholes, weight, bias, running_mean, running_var, momentum,
+                                  eps)
+    inputs = x, residual, weight, bias
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    return _bn_lif(*inputs, vectors, T, n, *neuron, name, save)[0]
 
-    x             (T, B, C, H, W), a convolution's output; or, with T given, (B, C, H, W), the same at each of T steps
-                  (an expanded T means the same). float32, bfloat16, float16 or float64; the arithmetic is fp32 (fp64)
+
+def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
+           running_mean: Maybe = None, running_var: Maybe = None, *, training: bool = True,
+           momentum: float = 0.1, T: int | None = None, eps: float = 1e-5, decay: float = 0.25,
+           v_th: float = 0.5, lens: float = 0.5, detach_reset: bool = True, group=None,
+           impl: str | None = None) -> Tensor:
+    """Spikes of LIF neurons behind a batch norm and an optional residual add; U starts at 0.
+
+    x             (T, B, C, H, W), a convolution's output; or, with T given, (B, C, H, W), the same
+                  at each of T steps (an expanded T means the same). float32, bfloat16, float16 or
+                  float64; the arithmetic is fp32 (fp64)
     weight, bias  (C,), as a rule float32 whatever x is
-    residual      (T, B, C, H, W), added to the normed x; copied if its memory layout or dtype isn't x's
-    mean, var     (C,) constants, as in evaluation. None: the statistics of x, over T, B, H, W, and over all ranks of
-                  `group`, a process group in which every rank holds an x of one shape
-    eps           added to var
+    residual      (T, B, C, H, W), added to the normed x; copied if its layout or dtype isn't x's
+    running_mean, running_var  (C,), as in F.batch_norm. training=True: statistics of x over T, B,
+                  H, W, which update the running ones, if given, in place (variance unbiased);
+                  training=False: the running ones are the statistics
+    momentum      weight of the new value in the running statistics
+    eps           added to the variance
+    group         a process group whose ranks share their statistics; each holds an x of one shape
     decay, v_th, lens, detach_reset, impl   as in `lif`
 
-    Returns (spikes, mean, var, n): spikes (T, B, C, H, W), 0 or 1, in x's dtype and layout; mean and biased var, fp32
-    (fp64), detached (or as given); n, how many values of x a channel has, over all ranks of `group` with its
-    statistics. Running statistics take var * n/(n-1).
+    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype and layout.
 
-    Not copied: x as (T*B, C, H, W) channels-last unflattened to (T, B), or plain contiguous. Any other x is, into
-    channels-last if its channels lie closest. For the backward are kept: x, mean, var, two bits per neuron-step; with
-    detach_reset=False instead of the bits the residual. Without a gradient, nothing. Second derivatives are refused
-    with a RuntimeError. Raises TypeError for a wrong dtype, ValueError for anything else that doesn't fit.
+    On Triton x is not copied as (T*B, C, H, W) channels-last unflattened to (T, B), or plain
+    contiguous; any other x is. For the backward are kept x, two bits per neuron-step and
+    per-channel vectors; without a gradient nothing. On PyTorch, with detach_reset=False and under
+    torch.func it is F.batch_norm, the add and `lif`. Second derivatives and forward mode are
+    refused. Raises TypeError for a wrong dtype, ValueError for anything else that doesn't fit.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    check_dtype(x)
     if x.dim() == 4 and T is not None:
-        x = x.unsqueeze(0)
-    elif x.dim() != 5 or T not in (None, x.shape[0]):
-        raise ValueError(f"x must be (T, B, C, H, W), or (B, C, H, W) with T given, not {tuple(x.shape)} with T = {T}")
-    else:
+        x = x.unsqueeze(0)  # (B, C, H, W) -> (1, B, C, H, W)
+    elif x.dim() == 5 and T in (None, x.shape[0]):
         T = x.shape[0]
         x = x[:1] if x.stride(0) == 0 else x
+    else:
+        raise ValueError("x must be (T, B, C, H, W), or (B, C, H, W) with T given, not "
+                         f"{tuple(x.shape)} with T = {T}")
     shape, C = (T, *x.shape[1:]), x.shape[2]
     if T < 1:
         raise ValueError(f"T must be at least 1, not {T}")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
-    if (mean is None) != (var is None):
-        raise ValueError("mean and var must be given together, or neither")
-    for name, vector in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
+    vectors = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    for name, vector in vectors.items():
         if vector is not None and vector.shape != (C,):
-            raise ValueError(f"{name} must be ({C},), one value a channel, not {tuple(vector.shape)}")
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("bn_lif does not go through torch.func (vmap, grad, vjp, jvp): batch norm and lif do")
-    constants = [float(eps), *check_neuron(decay, v_th, lens)]
-    impl = choose_impl(x, T, impl)
-
-    channels_last = x.stride(2) == 1 and not x.is_contiguous()
-    x = _order(x, channels_last)
+            raise ValueError(f"{name} must be ({C},), one value a channel, not "
+                             f"{tuple(vector.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together, or neither")
+    if not training and running_mean is None:
+        raise ValueError("training=False needs running_mean and running_var")
+    group = None if group is None or group.size() == 1 or not training else group
+    if training and x.numel() * (1 if group is None else group.size()) < 2 * C:
+        raise ValueError("batch statistics need more than one value a channel, x is "
+                         f"{tuple(x.shape)}")
+    neuron, impl = check_neuron(decay, v_th, lens), choose_impl(x, T, impl)
+    args = x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps, neuron
+    if impl == "torch" or not detach_reset or torch._C._are_functorch_transforms_active():
+        return _composed(*args, bool(detach_reset), group, impl)
     if residual is not None:
-        residual = _order(residual.to(x.dtype), channels_last)
-    local, n, ranks, stats = x.numel() // max(C, 1), 0, "", None
-    if mean is not None:
-        stats = torch.stack((mean.detach(), var.detach())).to(_accumulator(x))
-    else:
-        n = local * (1 if group is None else group.size())
-        if n < 2:
-            raise ValueError(f"batch statistics need more than one value a channel, x has {n}")
-        if group is not None:
-            ranks = group.group_name
-            own = _all_gather(_stats(x.detach(), impl), group.size(), ranks)  # (ranks, 2, C)
-            parts = torch.stack((torch.full_like(own[:, 0], local), own[:, 0], own[:, 1] * local), 1)
-            stats = _combine_torch(parts, n).to(_accumulator(x))
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, weight, bias)):
-        spikes, _, own = _train(x, residual, weight, bias, stats, T, constants, detach_reset, n, ranks, impl)
-    else:
-        spikes, own = _infer(x, residual, weight, bias, stats, T, constants, impl)
-    if mean is None:
-        mean, var = (own if stats is None else stats).detach().unbind()
-    if channels_last:
-        spikes = spikes.view(T, shape[1], *shape[3:], C).permute(0, 1, 4, 2, 3)
-    return spikes.view(shape), mean, var, n or local
+        residual = residual.to(x.dtype)
+    return _fused(x, weight, bias, residual, *args[4:], group)

@@ -1,27 +1,26 @@
 """The multi-step LIF neuron with the rectangular surrogate, fused over time (paper eq. 2-4).
 
-    U[t]  = U[t-1] * decay * (1 - F[t-1]) + X[t],  U[-1] = 0        decay = exp(-1/tau)         (2)
-    F[t]  = 1 if U[t] > v_th else 0                                 strict; hard reset to 0     (3)
-    dF/dU = 1/(2*lens) if |U - v_th| < lens else 0                  strict; lens = half-width   (4)
+    U[t]  = U[t-1] * decay * (1 - F[t-1]) + X[t],  U[-1] = 0     decay = exp(-1/tau)         (2)
+    F[t]  = 1 if U[t] > v_th else 0                              strict; hard reset to 0     (3)
+    dF/dU = 1/(2*lens) if |U - v_th| < lens else 0               strict; lens = half-width   (4)
 
-Backward, from the last step to the first, with w[t] = |U[t] - v_th| < lens:
+Backward, from the last step to the first, with w[t] = |U[t] - v_th| < lens and dX[t] = dU[t]:
 
-    detached reset     dU[t] = g[t]*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])
-    plain derivative   dU[t] = (g[t] - dU[t+1]*U[t]*decay)*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])       dX[t] = dU[t]
+    detached reset    dU[t] = g[t]*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])
+    plain derivative  dU[t] = (g[t] - dU[t+1]*U[t]*decay)*w[t]/(2*lens) + dU[t+1]*decay*(1-F[t])
 
-With the reset detached, two bits per neuron-step are the whole saved state: F and w, packed over T, four steps a byte
-(byte t//4, F in bit 2*(t%4), w in the bit above). The plain derivative saves X and recomputes U in registers.
-Least traffic per neuron-step at T = 4, forward + backward, in bytes (bf16 / fp32):
+With the reset detached, two bits per neuron-step are the whole saved state: F and w, packed over
+T, four steps a byte (byte t//4, F in bit 2*(t%4), w in the bit above). The plain derivative saves
+X and recomputes U in registers. Least traffic per neuron-step at T = 4, in bytes (bf16 / fp32):
 
-    detached reset     read X, write F, write bits 4.25 / 8.25;  read g, read bits, write dX 4.25 / 8.25  =  8.5 / 16.5
-    plain derivative   read X, write F             4    / 8;     read g, read X, write dX    6    / 12    =  10  / 20
+    detached reset    forward   read X, write F and bits         4.25 / 8.25
+                      backward  read g and bits, write dX        4.25 / 8.25     8.5 / 16.5 in all
+    plain derivative  forward   read X, write F                  4    / 8
+                      backward  read g and X, write dX           6    / 12       10  / 20   in all
 
-`lif_reference` is the specification. What follows it computes the same numbers, bit for bit in fp32: the state is fp32
-whatever the dtype of X, the operations come in one order, nothing is divided, no multiply-add is contracted.
-
-For other fused neurons (bn_lif.py), on flat (T, N) memory, N neurons: `forward_torch`, `backward_torch` and
-`backward_full_torch` are the PyTorch path; `fire`, `pack` and `backward_step` are one time-step of a Triton kernel;
-`planes_like` and `flat` make and view memory whose N neurons lie in any dense order.
+`lif_reference` is the specification. What follows it computes the same numbers, bit for bit in
+fp32: the state is fp32 whatever the dtype of X, the operations come in one order, nothing is
+divided, no multiply-add is contracted. bn_lif.py puts a batch norm before the same neuron.
 """
 
 import os
@@ -38,7 +37,7 @@ MAX_T = 32  # the kernels unroll over T
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
 
 
-# ---------------------------------------------------------------------------------------------- the specification
+# ---------------------------------------------------------------------------- the specification
 
 class _Spike(torch.autograd.Function):
     """Eq. 3 forward, eq. 4 backward."""
@@ -57,9 +56,10 @@ class _Spike(torch.autograd.Function):
 
 
 def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
-    """Paper eq. 2-4 as they stand, a loop over t, differentiated by autograd: (T, ...) -> (T, ...), same dtype.
+    """Paper eq. 2-4 as they stand, a loop over t, differentiated by autograd: (T, ...) -> (T, ...).
 
-    The state is fp32 for bf16 and fp16 input, fp64 for fp64. Slow; everything else is tested against it.
+    Same dtype out; the state is fp32 for bf16 and fp16 input, fp64 for fp64. Slow; everything else
+    is tested against it.
     """
     u = f = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
     spikes = []
@@ -70,20 +70,25 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
     return torch.stack(spikes)
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------- memory
+# to the kernels every tensor is flat (T, N): the N neurons of a time-step in any dense order.
 
 def plane_strides(x):
-    """Strides of a dense copy of x[0] that keeps the memory order of its dimensions; x[0]'s own if it is dense."""
+    """Strides of a dense copy of x[0] in its order of dimensions; its own if it is dense."""
     return torch.empty_like(x[0], device="meta").stride()
 
 
 def planes_like(x, T, dtype=None):
-    """Empty (T, ...) whose planes are dense and lie one after another, each in the memory order of x[0]."""
-    return x.new_empty_strided((T, *x.shape[1:]), (x[0].numel(), *plane_strides(x)), dtype=dtype or x.dtype)
+    """Empty (T, ...): dense planes, one after another, each in the memory order of x[0]."""
+    strides = x[0].numel(), *plane_strides(x)
+    return x.new_empty_strided((T, *x.shape[1:]), strides, dtype=dtype or x.dtype)
 
 
 def flat(x, like=None):
-    """x as flat (T, N) memory in the order of like[0] (of x[0]): a view if x lies so, else a copy. T-stride N or 0."""
+    """x as flat (T, N) memory in the order of like[0] (of x[0]). T-stride N, or 0 if x is expanded.
+
+    A view where x lies so, else a copy.
+    """
     T, N, strides = x.shape[0], x[0].numel(), plane_strides(x if like is None else like)
     dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
@@ -91,10 +96,11 @@ def flat(x, like=None):
     return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
 
 
-# ---------------------------------------------------------------------------------------------- PyTorch path
-# every operation writes into a buffer that stays in the cache while a chunk of neurons runs through all its steps.
-# masks are 0.0 and 1.0 in the dtype of the state: on CPUs bool tensors cost ten times as much as float ones.
-# a product with such a mask is exact, so addcmul rounds the same whether or not it contracts its multiply-add.
+# ---------------------------------------------------------------------------- PyTorch path
+# every operation writes into a buffer that stays in the cache while a chunk of neurons runs
+# through all its steps. masks are 0.0 and 1.0 in the dtype of the state: on CPUs bool tensors cost
+# ten times as much as float ones. a product with such a mask is exact, so addcmul rounds the same
+# whether or not it contracts its multiply-add.
 
 def _chunks(x):
     N = x.shape[1]
@@ -103,14 +109,15 @@ def _chunks(x):
 
 
 def _buffers(x, s, n):
-    return x.new_empty(n, s.stop - s.start, dtype=torch.promote_types(x.dtype, torch.float32)).unbind()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(n, s.stop - s.start, dtype=dtype).unbind()
 
 
 def forward_torch(x, spikes, bits, decay, v_th, lens):
     """x (T, N) -> spikes (T, N) and, unless None, bits (ceil(T/4), N) uint8. Any float dtypes."""
     T = x.shape[0]
     for s in _chunks(x):
-        leak, keep, dist, code, u_out = _buffers(x, s, 5)
+        leak, keep, distance, code, u_out = _buffers(x, s, 5)
         for t in range(T):
             u, f = x[t, s].to(leak.dtype), spikes[t, s]
             if t:
@@ -120,11 +127,12 @@ def forward_torch(x, spikes, bits, decay, v_th, lens):
                 torch.mul(u, decay, out=leak)
                 torch.le(u, v_th, out=keep)  # 1 - F
             if bits is not None:
-                window = torch.sub(u, v_th, out=dist).abs_().lt_(lens)
-                if t % 4 == 0:
+                window = torch.sub(u, v_th, out=distance).abs_().lt_(lens)
+                bit = 4 ** (t % 4)  # F's; w's is the next
+                if bit == 1:
                     torch.add(f, window, alpha=2, out=code)
                 else:
-                    code.add_(f, alpha=4 ** (t % 4)).add_(window, alpha=2 * 4 ** (t % 4))
+                    code.add_(f, alpha=bit).add_(window, alpha=2 * bit)
                 if t % 4 == 3 or t == T - 1:
                     bits[t // 4, s] = code
 
@@ -134,16 +142,19 @@ def backward_torch(g, bits, dx, decay, lens):
     T = g.shape[0]
     for s in _chunks(g):
         window, keep, next_du, du_out = _buffers(g, s, 4)
-        byte, bit = bits.new_empty(2, s.stop - s.start)
+        byte, masked = bits.new_empty(2, s.stop - s.start)
         for t in reversed(range(T)):
-            k = 2 * (t % 4)
+            bit = 4 ** (t % 4)
             if t % 4 == 3 or t == T - 1:
                 torch.bitwise_xor(bits[t // 4, s], 0b01010101, out=byte)  # 1 - F beside each w
-            window.copy_(torch.bitwise_and(byte, 2 << k, out=bit)).mul_(1 / (2 * lens) / (2 << k))  # inv or 0, exact
-            du = torch.mul(g[t, s].to(keep.dtype), window, out=dx[t, s] if dx.dtype == keep.dtype else du_out)
+            # 1/(2*lens) or 0, exactly: a power of two comes and goes
+            window.copy_(torch.bitwise_and(byte, 2 * bit, out=masked))
+            window.mul_(1 / (2 * lens) / (2 * bit))
+            out = dx[t, s] if dx.dtype == keep.dtype else du_out
+            du = torch.mul(g[t, s].to(keep.dtype), window, out=out)
             if t < T - 1:
-                keep.copy_(torch.bitwise_and(byte, 1 << k, out=bit))
-                du.addcmul_(next_du, keep, value=1 / (1 << k))
+                keep.copy_(torch.bitwise_and(byte, bit, out=masked))
+                du.addcmul_(next_du, keep, value=1 / bit)
             if t:
                 torch.mul(du, decay, out=next_du)
             if du is du_out:
@@ -151,39 +162,49 @@ def backward_torch(g, bits, dx, decay, lens):
 
 
 def backward_full_torch(g, x, dx, decay, v_th, lens):
-    """Plain derivative: g (T, N), x (T, N) -> dx (T, N)."""
-    T = g.shape[0]
-    for s in _chunks(g):
-        window, keep, next_du, leak, du_out, *us = _buffers(g, s, 5 + T)
-        for t in range(T):
-            u = x[t, s].to(leak.dtype)
-            us[t] = u = torch.addcmul(u, torch.mul(us[t - 1], decay, out=leak), keep, out=us[t]) if t else u
-            torch.le(u, v_th, out=keep)
-        for t in reversed(range(T)):
-            u, gt = us[t], g[t, s].to(leak.dtype)
-            torch.sub(u, v_th, out=window).abs_().lt_(lens).mul_(1 / (2 * lens))
-            if t < T - 1:
-                gt = torch.sub(gt, torch.mul(u, decay, out=leak).mul_(du), out=leak)
-                torch.mul(du, decay, out=next_du)
-                torch.le(u, v_th, out=keep)
-            du = torch.mul(gt, window, out=dx[t, s] if dx.dtype == keep.dtype else du_out)
-            if t < T - 1:
-                du.addcmul_(next_du, keep)
-            if du is du_out:
-                dx[t, s] = du
+    """Plain derivative: g (T, N), x (T, N) -> dx (T, N). Rare, so without buffers."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    us, leak = [], 0
+    for x_t in x.to(dtype):
+        us.append(leak + x_t)
+        leak = us[-1] * decay * (us[-1] <= v_th)
+    du = torch.zeros_like(us[0])
+    for t in reversed(range(len(us))):
+        u, g_t = us[t], g[t].to(dtype)
+        window = ((u - v_th).abs() < lens).to(dtype) * (1 / (2 * lens))
+        du = (g_t - du * (u * decay)) * window + du * decay * (u <= v_th)
+        dx[t] = du
 
 
-# ---------------------------------------------------------------------------------------------- Triton kernels
-# T is unrolled, N is a run-time value: one compiled variant for N divisible by 16 (128-bit loads and stores), one for
-# the rest. masks become factors (decay or 0, inv or 0), which is the specification's own product.
+# ---------------------------------------------------------------------------- Triton kernels
+# T is unrolled, N is a run-time value: one compiled variant for N divisible by 16 (128-bit loads
+# and stores), one for the rest. masks become factors (decay or 0, inv or 0), which is the
+# specification's own product.
 
 if triton is not None:
 
     @triton.jit
+    def load_steps(X, plane, offsets, inside, T: tl.constexpr):
+        """x[0] ... x[T-1]: a tuple. Stands before the first store.
+
+        Pointers may alias, so a load written after a store waits for it; a memory-bound kernel
+        lives from loads in flight.
+        """
+        xs = ()
+        for t in tl.static_range(T):
+            xs = xs + (tl.load(X + t * plane + offsets, inside, 0),)
+        return xs
+
+    @triton.jit
     def fire(leak, x, v_th, lens):
-        """One step: what leaked through (0 after a spike) and the input -> U (eq. 2), F (eq. 3), window (eq. 4)."""
+        """One step: leak (0 after a spike) and input -> U (eq. 2), F (eq. 3), window (eq. 4)."""
         u = leak + x
         return u, u > v_th, tl.abs(u - v_th) < lens
+
+    @triton.jit
+    def reset(u, fired, decay):
+        """What is left of U for the next step: 0 after a spike."""
+        return u * tl.where(fired, 0.0, decay)
 
     @triton.jit
     def pack(code, fired, window, t):
@@ -193,147 +214,143 @@ if triton is not None:
     @triton.jit
     def backward_step(g, du, code, t, decay, inv):
         """dU[t+1] -> dU[t] with the reset detached, from step t's two bits."""
-        code = code >> (2 * (t % 4))
-        return g * tl.where((code & 2) != 0, inv, 0.0) + du * tl.where((code & 1) != 0, 0.0, decay)
+        code = code.to(tl.int32) >> (2 * (t % 4))
+        surrogate = tl.where((code & 2) != 0, inv, 0.0)
+        return g * surrogate + du * tl.where((code & 1) != 0, 0.0, decay)
 
     @triton.jit(do_not_specialize=["step"])
-    def _forward_kernel(X, F, Bits, N: tl.int64, step, decay, v_th, lens, T: tl.constexpr, SAVE: tl.constexpr,
-                        BLOCK: tl.constexpr):
-        """Eq. 2-3. Reads X, writes F, and with SAVE two bits. X moves on by step*N a time-step, step 0 or 1."""
+    def _forward_kernel(X, F, Bits, N: tl.int64, step, decay, v_th, lens,
+                        T: tl.constexpr, BLOCK: tl.constexpr):
+        """Eq. 2-3. Reads X, writes F and, unless Bits is None, two bits per neuron-step.
+
+        X moves on by step*N a time-step; step is 0 (the same current at every step) or 1.
+        """
         n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = n < N
+        xs = load_steps(X, step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         code = tl.zeros([BLOCK], tl.int32)
         for t in tl.static_range(T):
-            x = tl.load(X + t * step * N + n, inside, 0).to(tl.float32)
-            u, fired, window = fire(leak, x, v_th, lens)
+            u, fired, window = fire(leak, xs[t].to(tl.float32), v_th, lens)
             tl.store(F + t * N + n, tl.where(fired, 1.0, 0.0), inside)
-            leak = u * tl.where(fired, 0.0, decay)
-            if SAVE:
+            leak = reset(u, fired, decay)
+            if Bits is not None:
                 code = pack(code, fired, window, t)
                 if t % 4 == 3 or t == T - 1:
                     tl.store(Bits + t // 4 * N + n, code, inside)
                     code = tl.zeros([BLOCK], tl.int32)
 
     @triton.jit(do_not_specialize=["step"])
-    def _backward_kernel(G, Bits, DX, N: tl.int64, step, decay, inv, T: tl.constexpr, BLOCK: tl.constexpr):
-        """Detached reset. Reads g and two bits, writes dX. G moves on by step*N a time-step, step 0 or 1."""
+    def _backward_kernel(G, Bits, DX, N: tl.int64, step, decay, inv,
+                         T: tl.constexpr, BLOCK: tl.constexpr):
+        """Detached reset. Reads g and two bits, writes dX. G moves on by step*N a time-step."""
         n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = n < N
+        gs = load_steps(G, step * N, n, inside, T)
+        codes = load_steps(Bits, N, n, inside, (T + 3) // 4)
         du = tl.zeros([BLOCK], tl.float32)
-        code = tl.zeros([BLOCK], tl.int32)
         for t in tl.static_range(T - 1, -1, -1):
-            if t % 4 == 3 or t == T - 1:
-                code = tl.load(Bits + t // 4 * N + n, inside, 0).to(tl.int32)
-            g = tl.load(G + t * step * N + n, inside, 0).to(tl.float32)
-            du = backward_step(g, du, code, t, decay, inv)
+            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
             tl.store(DX + t * N + n, du, inside)
 
     @triton.jit(do_not_specialize=["g_step", "x_step"])
-    def _backward_full_kernel(G, X, DX, N: tl.int64, g_step, x_step, decay, v_th, lens, inv, T: tl.constexpr,
-                              BLOCK: tl.constexpr):
+    def _backward_full_kernel(G, X, DX, N: tl.int64, g_step, x_step, decay, v_th, lens, inv,
+                              T: tl.constexpr, BLOCK: tl.constexpr):
         """Plain derivative. Reads X, recomputes U into registers, reads g, writes dX."""
         n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = n < N
+        xs = load_steps(X, x_step * N, n, inside, T)
+        gs = load_steps(G, g_step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         us = ()
         for t in tl.static_range(T):
-            x = tl.load(X + t * x_step * N + n, inside, 0).to(tl.float32)
-            u, fired, window = fire(leak, x, v_th, lens)
-            leak = u * tl.where(fired, 0.0, decay)
+            u, fired, _ = fire(leak, xs[t].to(tl.float32), v_th, lens)
+            leak = reset(u, fired, decay)
             us = us + (u,)
         du = tl.zeros([BLOCK], tl.float32)
         for t in tl.static_range(T - 1, -1, -1):
-            u = us[t]
-            g = tl.load(G + t * g_step * N + n, inside, 0).to(tl.float32)
+            u, g = us[t], gs[t].to(tl.float32)
             if t < T - 1:
                 g = g - du * (u * decay)
-            window = tl.abs(u - v_th) < lens
-            du = g * tl.where(window, inv, 0.0) + du * tl.where(u > v_th, 0.0, decay)
+            surrogate = tl.where(tl.abs(u - v_th) < lens, inv, 0.0)
+            du = g * surrogate + du * tl.where(u > v_th, 0.0, decay)
             tl.store(DX + t * N + n, du, inside)
 
 
 def block_size(itemsize, T=1):
-    """Neurons per program: 16 bytes for each of 128 threads, fewer where T potentials a neuron stay in registers."""
+    """Neurons per program: 16 bytes for each of 128 threads; fewer where T > 8 potentials of each
+    stay in registers."""
     return 128 * 16 // itemsize // (1 if T <= 8 else 2 if T <= 16 else 4)
 
 
-def _launch(kernel, block, x, *args, **flags):
+def _launch(kernel, block, x, *args):
     """Multiply-adds stay apart (no contraction), as in the specification."""
     T, N = x.shape
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(N, block),)](x, *args, **flags, T=T, BLOCK=block, num_warps=4, enable_fp_fusion=False)
+        kernel[(triton.cdiv(N, block),)](x, *args, T=T, BLOCK=block, num_warps=4,
+                                         enable_fp_fusion=False)
 
 
-# ---------------------------------------------------------------------------------------------- operators
-# functional, so that torch.compile may reorder them. idsnn::lif is all that a trace without gradients, vmap and
-# torch.func see: its derivative computes anew what it needs. idsnn::lif_train keeps the bits, where x requires a
-# gradient at the call.
+# ---------------------------------------------------------------------------- operators
+# functional, so that torch.compile may reorder them. `save` asks for the bits, where x requires a
+# gradient at the call. where it does not (inference, but also vmap or a trace that is
+# differentiated later) the derivative computes anew what it needs from x.
+
+Tensor = torch.Tensor
+
 
 def _step(x):
     return int(x.stride(0) != 0)  # 0: one plane, the same current each step
 
 
 @torch.library.custom_op("idsnn::lif", mutates_args=())
-def _lif(x: torch.Tensor, decay: float, v_th: float, lens: float, detach_reset: bool,
-         impl: str) -> torch.Tensor:
-    """Spikes alone; detach_reset is for the derivative, which is taken later or never."""
-    spikes = planes_like(x, x.shape[0])
-    X, F = flat(x), flat(spikes)
-    if impl == "torch":
-        forward_torch(X, F, None, decay, v_th, lens)
-    elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size()), X, F, F, X.shape[1], _step(X), decay, v_th, lens,
-                SAVE=False)
-    return spikes
-
-
-@torch.library.custom_op("idsnn::lif_train", mutates_args=())
-def _lif_train(x: torch.Tensor, decay: float, v_th: float, lens: float,
-               impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    T = x.shape[0]
-    spikes, bits = planes_like(x, T), planes_like(x, (T + 3) // 4, torch.uint8)
-    X, F, B = flat(x), flat(spikes), flat(bits)
+def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, save: bool,
+         impl: str) -> tuple[Tensor, Tensor]:
+    """Spikes, and the bits, empty unless `save`; detach_reset concerns the derivative alone."""
+    spikes, bits = _lif_outputs(x, save)
+    X, F, B = flat(x), flat(spikes), flat(bits) if save else None
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
     elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X), decay, v_th, lens,
-                SAVE=True)
+        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X),
+                decay, v_th, lens)
     return spikes, bits
 
 
 @torch.library.custom_op("idsnn::lif_backward", mutates_args=())
-def _lif_backward(g: torch.Tensor, bits: torch.Tensor, decay: float, lens: float, impl: str) -> torch.Tensor:
+def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str) -> Tensor:
     dx = planes_like(bits, g.shape[0], g.dtype)
     G, B, D = flat(g, bits), flat(bits), flat(dx)
     if impl == "torch":
         backward_torch(G, B, D, decay, lens)
     elif G.numel():
-        _launch(_backward_kernel, block_size(G.element_size()), G, B, D, G.shape[1], _step(G), decay, 1 / (2 * lens))
+        _launch(_backward_kernel, block_size(G.element_size()), G, B, D, G.shape[1], _step(G),
+                decay, 1 / (2 * lens))
     return dx
 
 
 @torch.library.custom_op("idsnn::lif_backward_full", mutates_args=())
-def _lif_backward_full(g: torch.Tensor, x: torch.Tensor, decay: float, v_th: float, lens: float,
-                       impl: str) -> torch.Tensor:
+def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: float,
+                       impl: str) -> Tensor:
     dx = planes_like(x, x.shape[0])
     G, X, D = flat(g, dx), flat(x), flat(dx)
     if impl == "torch":
         backward_full_torch(G, X, D, decay, v_th, lens)
     elif G.numel():
-        _launch(_backward_full_kernel, block_size(X.element_size(), len(X)), G, X, D, G.shape[1], _step(G), _step(X),
-                decay, v_th, lens, 1 / (2 * lens))
+        _launch(_backward_full_kernel, block_size(X.element_size(), len(X)), G, X, D, G.shape[1],
+                _step(G), _step(X), decay, v_th, lens, 1 / (2 * lens))
     return dx
 
 
+def _lif_outputs(x, save):
+    T = x.shape[0]
+    bits = planes_like(x, (T + 3) // 4, torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
+    return planes_like(x, T), bits
+
+
 @_lif.register_fake
-def _(x, decay, v_th, lens, detach_reset, impl):
-    return planes_like(x, x.shape[0])
-
-
-@_lif_train.register_fake
-def _(x, decay, v_th, lens, impl):
-    return planes_like(x, x.shape[0]), planes_like(x, (x.shape[0] + 3) // 4, torch.uint8)
+def _(x, decay, v_th, lens, detach_reset, save, impl):
+    return _lif_outputs(x, save)
 
 
 @_lif_backward.register_fake
@@ -346,86 +363,89 @@ def _(g, x, decay, v_th, lens, impl):
     return planes_like(x, x.shape[0])
 
 
+# ---------------------------------------------------------------------------- derivatives
+
 def _save(ctx, inputs, output):
-    x, *ctx.args = inputs
-    ctx.save_for_backward(output[1] if isinstance(output, tuple) else x)
+    x, *ctx.neuron, ctx.bits_saved, ctx.impl = inputs
+    ctx.save_for_backward(output[1] if ctx.bits_saved else x)
+    ctx.set_materialize_grads(False)  # no zeros for the bits
 
 
-def _gradient(g, x, decay, v_th, lens, detach_reset, impl):
-    """dX from x alone: the bits, if the reset is detached, are computed anew."""
+def _gradient(g, saved, decay, v_th, lens, detach_reset, bits_saved, impl):
+    """dX from the bits or, where they were not saved, from x."""
     if not detach_reset:
-        return _lif_backward_full(g, x, decay, v_th, lens, impl)
-    _, bits = _lif_train(x, decay, v_th, lens, impl)
-    return _lif_backward(g, bits, decay, lens, impl)
+        return _lif_backward_full(g, saved, decay, v_th, lens, impl)
+    if not bits_saved:
+        saved = _lif(saved, decay, v_th, lens, True, True, impl)[1]
+    return _lif_backward(g, saved, decay, lens, impl)
 
 
 def refuse_second_derivative(name):
-    raise RuntimeError(f"{name} has no second derivative: take its gradient without create_graph=True")
+    raise RuntimeError(f"{name} has no second derivative: take its gradient without "
+                       "create_graph=True")
 
 
-def _backward(ctx, g):
+def _backward(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         refuse_second_derivative("lif")
-    return _gradient(g, *ctx.saved_tensors, *ctx.args), None, None, None, None, None
-
-
-def _backward_train(ctx, g, _):
-    if torch.is_grad_enabled():
-        refuse_second_derivative("lif")
-    decay, v_th, lens, impl = ctx.args
-    return _lif_backward(g, *ctx.saved_tensors, decay, lens, impl), None, None, None, None
+    dx = _gradient(g, *ctx.saved_tensors, *ctx.neuron, ctx.bits_saved, ctx.impl)
+    return dx, None, None, None, None, None, None
 
 
 _lif.register_autograd(_backward, setup_context=_save)
-_lif_train.register_autograd(_backward_train, setup_context=_save)
 
-
-def over_batches(function):
-    """The vmap rule of a function of (T, ...) tensors: one more dimension behind T; neurons are independent."""
-    def rule(info, in_dims, *args):
-        def behind_T(arg, d):
-            if not isinstance(arg, torch.Tensor):
-                return arg
-            if d is None:  # the same for the whole batch
-                return arg.unsqueeze(1).expand(len(arg), info.batch_size, *arg.shape[1:])
-            return arg.movedim(d, 1)  # (T, batch, ...)
-        out = function(*map(behind_T, args, in_dims))
-        return out, (1, 1) if isinstance(out, tuple) else 1
-    return rule
-
-
-NO_FORWARD_MODE = ("{} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): "
-                   "use torch.func.vjp or jacrev, or lif_reference with torch.autograd.functional.jvp")
+NO_FORWARD_MODE = ("{} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use "
+                   "torch.func.vjp or jacrev, or lif_reference with torch.autograd.functional.jvp")
 _library = torch.library.Library("idsnn", "FRAGMENT")
 
 
 def refuse_forward_mode(op):
-    """Raise where an operator gets a tangent, which its autograd formula would drop: the answer would be zeros.
+    """Raise where an operator gets a tangent, which its autograd formula drops: zeros, in silence.
 
-    The key is the last one at which forward-mode AD can still be seen.
+    ADInplaceOrView is the last dispatch key at which a tangent can still be seen.
     """
     overload, functorch = op._opoverload, torch._C._functorch
 
-    def kernel(keyset, *args):
+    def has_tangent(arg):
         transform = functorch.peek_interpreter_stack()  # None outside of torch.func
-        in_jvp = transform is not None and transform.key() == functorch.TransformType.Jvp
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and (in_jvp and functorch.is_gradtrackingtensor(arg) or
-                                                  torch.autograd.forward_ad.unpack_dual(arg).tangent is not None):
-                raise NotImplementedError(NO_FORWARD_MODE.format(overload._opname.split("_backward")[0]))
+        if transform is not None and transform.key() == functorch.TransformType.Jvp:
+            return functorch.is_gradtrackingtensor(arg)
+        return torch.autograd.forward_ad.unpack_dual(arg).tangent is not None
+
+    def kernel(keyset, *args):
+        if any(isinstance(arg, Tensor) and has_tangent(arg) for arg in args):
+            name = "bn_lif" if "bn_lif" in overload._opname else "lif"
+            raise NotImplementedError(NO_FORWARD_MODE.format(name))
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     _library.impl(overload._opname, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-for _op in (_lif, _lif_train, _lif_backward, _lif_backward_full):
+def over_batches(function):
+    """The vmap rule of a function of (T, ...) tensors: the batch goes behind T, as more neurons."""
+    def behind_T(arg, dim, batch_size):
+        if not isinstance(arg, Tensor):
+            return arg
+        if dim is None:  # the same for the whole batch
+            arg, dim = arg.unsqueeze(1).expand(len(arg), batch_size, *arg.shape[1:]), 1
+        return arg.movedim(dim, 1)  # (T, batch, ...)
+
+    def rule(info, in_dims, *args):
+        out = function(*(behind_T(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
+        if isinstance(out, tuple):
+            return out, tuple(1 if o.dim() > 1 else None for o in out)  # None: the bits, empty
+        return out, 1
+    return rule
+
+
+for _op in (_lif, _lif_backward, _lif_backward_full):
     _op.register_vmap(over_batches(_op))
     refuse_forward_mode(_op)
 
 
 class _Gradient(torch.autograd.Function):
-    """dX for torch.func, which always asks for a graph of the backward: this one cannot be followed further."""
+    """dX under torch.func, which always asks for a graph of the backward; this one ends here."""
     forward = staticmethod(_gradient)
 
     @staticmethod
@@ -442,24 +462,29 @@ class _Gradient(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """idsnn::lif for torch.func: its grad, vjp and jacrev don't take an operator's own autograd formula."""
-    setup_context = staticmethod(_save)
+    """idsnn::lif under torch.func, whose grad and vjp don't take an operator's own derivative."""
     jvp = _Gradient.jvp
 
     @staticmethod
-    def forward(x, *args):
-        return _lif(x, *args)
+    def forward(x, decay, v_th, lens, detach_reset, impl):
+        return _lif(x, decay, v_th, lens, detach_reset, False, impl)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.neuron, ctx.impl = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, g):
-        return _Gradient.apply(g, *ctx.saved_tensors, *ctx.args), None, None, None, None, None
+        dx = _Gradient.apply(g, *ctx.saved_tensors, *ctx.neuron, False, ctx.impl)
+        return dx, None, None, None, None, None
 
 
 for _function in (_Gradient, _Transformed):
     _function.vmap = staticmethod(over_batches(_function.apply))
 
 
-# ---------------------------------------------------------------------------------------------- what users call
+# ---------------------------------------------------------------------------- what users call
 
 def choose_impl(x, T, impl):
     """"triton" or "torch" for T steps of x; raises where Triton is forced and cannot run."""
@@ -473,7 +498,8 @@ def choose_impl(x, T, impl):
     if triton is None:
         raise ValueError("impl='triton', but triton is not installed")
     if not (x.is_cuda or INTERPRET):
-        raise ValueError(f"impl='triton' needs a CUDA tensor, x is on {x.device} (or set TRITON_INTERPRET=1)")
+        raise ValueError(f"impl='triton' needs a CUDA tensor, x is on {x.device} "
+                         "(or set TRITON_INTERPRET=1)")
     if not 1 <= T <= MAX_T:
         raise ValueError(f"impl='triton' takes 1 to {MAX_T} time-steps, not {T}")
     if x.dtype == torch.float64:
@@ -484,9 +510,9 @@ def choose_impl(x, T, impl):
 def check_neuron(decay, v_th, lens):
     """The neuron's constants as floats; raises where one is out of range."""
     for name, value in (("decay", decay), ("v_th", v_th), ("lens", lens)):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            raise TypeError(f"{name} requires a gradient, but lif has none for its constants: give "
-                            f"{name}.item(), or differentiate kernels.lif.lif_reference")
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise TypeError(f"{name} requires a gradient, but lif has none for its constants: "
+                            f"give {name}.item(), or differentiate kernels.lif.lif_reference")
     decay, v_th, lens = float(decay), float(v_th), float(lens)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in 0 to 1, not {decay}")
@@ -497,31 +523,40 @@ def check_neuron(decay, v_th, lens):
     return decay, v_th, lens
 
 
-def lif(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True, impl=None):
-    """Spikes of stateless LIF neurons over T time-steps (paper eq. 2-4); every call starts from U = 0.
-
-    x             (T, ...) input current, float32, bfloat16, float16 or float64; the state is fp32 (fp64 for fp64)
-    decay         exp(-1/tau), 0 to 1
-    v_th          firing threshold
-    lens          half-width of the surrogate's window
-    detach_reset  no gradient through the reset factor 1 - F[t-1], as in the authors' code; False: the plain derivative
-    impl          None: Triton on CUDA (up to 32 steps, not float64), PyTorch elsewhere; "torch" or "triton" forces one
-
-    Returns (T, ...) spikes, 0 or 1, in x's dtype and memory layout. x isn't copied if each time-step is dense, in any
-    order of dimensions, and T is the outermost dimension or expanded. No gradient, nothing saved; else two bits per
-    neuron-step (x itself with detach_reset=False). Second derivatives are refused with a RuntimeError. Raises TypeError
-    for a wrong dtype, ValueError for anything else out of range.
-    """
-    if not isinstance(x, torch.Tensor):
+def check_dtype(x):
+    if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+
+
+def lif(x: Tensor, decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5,
+        detach_reset: bool = True, impl: str | None = None) -> Tensor:
+    """Spikes of stateless LIF neurons over T time-steps (paper eq. 2-4); U starts at 0.
+
+    x             (T, ...) input current, float32, bfloat16, float16 or float64; the state is fp32
+                  (fp64 for fp64)
+    decay         exp(-1/tau), 0 to 1
+    v_th          firing threshold
+    lens          half-width of the surrogate's window
+    detach_reset  no gradient through the reset factor 1 - F[t-1], as in the authors' code;
+                  False: the plain derivative
+    impl          None: Triton on CUDA (up to 32 steps, not float64), PyTorch elsewhere; "torch" or
+                  "triton" forces one
+
+    Returns (T, ...) spikes, 0 or 1, in x's dtype and memory layout. x isn't copied if each
+    time-step is dense, in any order of dimensions, and T is the outermost dimension or expanded.
+    For the backward are kept two bits per neuron-step (x itself with detach_reset=False), without
+    a gradient nothing. torch.func's vmap, grad, vjp and jacrev work. Second derivatives are refused
+    with a RuntimeError, forward mode with a NotImplementedError. Raises TypeError for a wrong dtype
+    or a constant that requires a gradient, ValueError for anything else out of range.
+    """
+    check_dtype(x)
     if x.dim() == 0 or x.shape[0] == 0:
         raise ValueError(f"x must be (T, ...) with T >= 1, not {tuple(x.shape)}")
     neuron, impl = check_neuron(decay, v_th, lens), choose_impl(x, x.shape[0], impl)
-    args = *neuron, bool(detach_reset), impl
+    detach_reset = bool(detach_reset)
     if torch._C._are_functorch_transforms_active():
-        return _Transformed.apply(x, *args)
-    if detach_reset and torch.is_grad_enabled() and x.requires_grad:
-        return _lif_train(x, *neuron, impl)[0]
-    return _lif(x, *args)
+        return _Transformed.apply(x, *neuron, detach_reset, impl)
+    save = detach_reset and torch.is_grad_enabled() and x.requires_grad
+    return _lif(x, *neuron, detach_reset, save, impl)[0]

@@ -165,7 +165,7 @@ def test_another_spelling_of_the_path_is_the_same_data(tmp_path, monkeypatch, ne
 def test_a_cache_that_is_damaged_or_cannot_be_kept(tmp_path, capsys):
     make_folder(tmp_path / "set")
     sha256 = load(tmp_path / "set").sha256
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     cache, = (tmp_path / "cache").iterdir()
     good = cache.read_bytes()
     middle = len(good) // 2
@@ -176,7 +176,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_kept(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [cache.name]
     (tmp_path / "file").write_text("")
     assert load_data(str(tmp_path / "set"), tmp_path / "file").sha256 == sha256
-    assert "not kept" in capsys.readouterr().out
+    assert "not kept" in capsys.readouterr().err
 
 
 def test_an_edited_reader_does_not_get_the_old_cache(tmp_path, monkeypatch):
@@ -240,8 +240,18 @@ def test_what_is_skipped_is_said_with_its_count(tmp_path, capsys):
     capsys.readouterr()
     for _ in ("decoded", "from the cache"):
         assert load(root).sha256 == expected
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1 and "skipped 8," in out and "train/cat/.DS_Store" in out
+        note = capsys.readouterr().err
+        assert note.count("\n") == 1 and "skipped 8," in note and "train/cat/.DS_Store" in note
+
+
+def test_names_that_the_console_cannot_show(tmp_path, monkeypatch):
+    make_folder(tmp_path / "猫", classes=["\udcff", "#1 [x] 犬?"])  # the first is no UTF-8
+    (tmp_path / "猫/train/\udcff/犬.txt").write_text("")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, "ascii", "backslashreplace"))
+    assert load(tmp_path / "猫").classes == ["#1 [x] 犬?", "\udcff"]
+    assert b"\\u72ac.txt" in shown.getvalue()
 
 
 def test_val_in_place_of_test(tmp_path):

@@ -268,10 +268,12 @@ def test_double_backward_is_refused(impl, detach_reset):
 def test_opcheck(impl):
     x = LAYOUTS["channels-last"](current(5, 2, 3, 4, 3))
     bits = torch.randint(0, 256, (2, 2, 3, 4, 3), dtype=torch.uint8, device=DEVICE)
-    for op, args in ((K._lif, (x.requires_grad_(), 0.25, 0.5, 0.5, True, impl)),
-                     (K._lif, (x, 0.25, 0.5, 0.5, False, impl)), (K._lif_train, (x, 0.25, 0.5, 0.5, impl)),
-                     (K._lif_backward, (x.detach(), bits, 0.25, 0.5, impl)),
-                     (K._lif_backward_full, (x.detach(), x.detach(), 0.25, 0.5, 0.5, impl))):
+    g, x = x.detach(), x.requires_grad_()
+    for op, args in ((K._lif, (x, 0.25, 0.5, 0.5, True, True, impl)),
+                     (K._lif, (x, 0.25, 0.5, 0.5, True, False, impl)),
+                     (K._lif, (x, 0.25, 0.5, 0.5, False, False, impl)),
+                     (K._lif_backward, (g, bits, 0.25, 0.5, impl)),
+                     (K._lif_backward_full, (g, g, 0.25, 0.5, 0.5, impl))):
         torch.library.opcheck(op, args)
 
 
