@@ -201,6 +201,13 @@ def main(argv=None):
         teacher, path, digest = load_teacher(args, init, data)
         parents["teacher"] = dict(path=path, sha256=digest)
         teacher.to(device, dtype, memory_format=layout)
+        if args.precision in ("bf16", "fp16"):  # cast once, not by autocast at every step
+            half = autocast.fast_dtype
+            for m in teacher.modules():
+                if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
+                    m.to(half)
+        if args.compile:
+            teacher = torch.compile(teacher)
     data.to(device, dtype, layout)
     run = TrainingRun("idsnn", args, data, parents)  # finds what an earlier run left
     batches = Batches(data, args)
@@ -234,8 +241,9 @@ def main(argv=None):
             inputs = model.encode(images, data, draw[0], noise)  # (B, ...); spikes: (T, B, ...)
             scores = net(inputs).to(dtype)                      # (T, B, K)
             taught = None
-            if teacher:  # always sees the normalised image
-                taught = teacher(data.normalize(images)).to(dtype)  # (B, K)
+            if teacher:  # sees the normalised image, which direct coding has made already
+                normalised = inputs if inputs.dim() == 4 else data.normalize(images)
+                taught = teacher(normalised).to(dtype)          # (B, K)
             ce, kd, loss = objective(
                 scores, labels, taught, args.alpha, args.temperature, args.per_step)
         scaler.scale(loss).backward()

@@ -721,7 +721,8 @@ def parse_with_recipe(p, argv, recipes, digits):
     first = p.first_pass(argv)
     recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
     epochs = first.epochs or recipe["epochs"]
-    p.set_defaults(**recipe, milestones=",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8)))
+    marks = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
+    p.set_defaults(**recipe, milestones=marks)
     if first.milestones:
         p.set_defaults(schedule="step")
     args = p.parse_args(argv)
@@ -950,7 +951,7 @@ def read(path):
 
 
 def load_checkpoint(path, stage=None, remedy="copy or make it again"):
-    """Read a checkpoint of `stage` (a key of STAGES; None: any), its CRCs, format and stage checked.
+    """Read a checkpoint of `stage` (a key of STAGES; None: any); CRCs, format, stage are checked.
 
     weights_only: a stranger's file cannot run code. Every defect ends in one line that names
     the file.
