@@ -1114,7 +1114,7 @@ class TrainingRun:
         self.earlier = earlier_run(args, stage, self.identity)
         self.history = self.earlier["metrics"]["history"] if self.earlier else []
         self.resumed = len(self.history)
-        self.pending = None            # resume state that is not written yet, serialised
+        self.pending = None            # resume state not written yet: its epochs, serialised
         self.written = self.resumed    # epochs that <out>.last holds
         self.began, self.spent, self.cost = time.time(), 0.0, 0.0  # seconds; in writing; for one
         self.drawn, self.titled = 0.0, False
@@ -1221,7 +1221,8 @@ class TrainingRun:
         self.history.append(row)
         if self.log:
             state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            self.pending = serialise(self.checkpoint(arch, model) | dict(resume=state))
+            content = serialise(self.checkpoint(arch, model) | dict(resume=state))
+            self.pending = len(self.history), content
             if 50 * (self.spent + self.cost) <= time.time() - self.began:
                 self.write_pending()
             self.write_log(row)
@@ -1258,21 +1259,31 @@ class TrainingRun:
 
     def write_pending(self):
         began = time.time()
+        epochs, content = self.pending
         try:
-            write_atomically(f"{self.args.out}.last", self.pending)
+            write_atomically(f"{self.args.out}.last", content)
         except OSError as error:
-            fail(f"cannot write {self.args.out}.last ({error.strerror}); it holds "
-                 f"{self.written} epochs", 1)
-        self.pending, self.written = None, len(self.history)
+            self.pending = None  # the disk is full: __exit__ need not try again
+            fail(f"cannot write {self.args.out}.last ({error.strerror}); {self.kept()}", 1)
+        self.pending, self.written = None, epochs
         self.cost = time.time() - began
         self.spent += self.cost
+
+    def kept(self):
+        """Words for what the same command goes on from."""
+        if not self.written:
+            return "no epoch is kept yet: the same command starts again"
+        again = "the same command" + (" without --fresh" if self.args.fresh else "")
+        epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
+        return f"{self.args.out}.last holds {epochs}: {again} goes on"
 
     def finish(self, arch, model, next_command):
         """Write <out>, delete <out>.last, say what comes next."""
         if self.log:
+            if self.pending:  # <out> may not find room
+                self.write_pending()
             save_checkpoint(self.args.out, self.checkpoint(arch, model))
             Path(f"{self.args.out}.last").unlink(missing_ok=True)
-            self.pending = None
         if self.diverged():
             fail(f"{self.args.out} was written, but {self.diverged()}", 1)
         best = max(row["test_acc"] for row in self.history)
@@ -1285,19 +1296,17 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind, error, trace):
+        if kind is KeyboardInterrupt:  # terminal and torchrun both send one: let this one write
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         self.bar.stop()
         if self.log:
             if self.pending and kind is not None:  # interrupted, out of memory, not finite
                 self.write_pending()
             self.log.close()
         if kind is KeyboardInterrupt:
-            kept = "no epoch was done yet: the same command starts again"
-            if self.written:
-                again = "the same command" + (" without --fresh" if self.args.fresh else "")
-                epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
-                kept = f"{self.args.out}.last holds {epochs}: {again} goes on"
             if rank() == 0:
-                print(f"interrupted; {kept}", file=sys.stderr, flush=True)
+                print(f"interrupted; {self.kept()}", file=sys.stderr, flush=True)
             os._exit(130)  # at once: no other process and no GPU is waited for
 
 
