@@ -118,7 +118,8 @@ def parse_args(argv=None):
 
 def time_steps(text):
     """An argparse type: "1,2,4" -> [1, 2, 4]."""
-    return sorted({number(int, 1, 32)(T) for T in text.split(",")})
+    one = number(int, 1, 32)
+    return sorted({one(T) for T in text.split(",")})
 
 
 # ---------------------------------------------------------------------------------------- counters
@@ -187,8 +188,9 @@ class Counters:
             hook.remove()
         rows = []
         for name, layer in self.layers.items():
-            row = dict(name=name, acs=[], macs=[], dense_macs=layer.get("dense_macs", 0))
-            count = layer["count"] / self.images
+            row = dict(name=name, acs=[], macs=[])
+            row["dense_macs"] = layer.get("dense_macs", 0)  # none in a spiking layer
+            count = layer["count"] / self.images            # spikes of an image, in each step
             if "neurons" in layer:
                 row["neurons"] = layer["neurons"]
                 row["rate"] = (count / layer["neurons"]).tolist()
@@ -258,9 +260,11 @@ def scores_over_time(run, model, data, start, stop):
     """
     x = data.test_x[start:stop].permute(0, 3, 1, 2)  # uint8 (B, H, W, C) -> (B, C, H, W)
     if run["T"]:
-        # the Poisson noise of training's own evaluation: of an image's place, not of its batch
+        # Poisson noise by an image's place in the set, not in a batch; the seed of training's
+        # own evaluation, so that its accuracy is found again
         index = torch.arange(start, start + len(x), device=x.device)
-        scores = model(model.encode(x, data, index, run["config"]["seed"] * 10_000))
+        seed = run["config"]["seed"] * 10_000
+        scores = model(model.encode(x, data, index, seed))
     else:
         scores = model(data.normalize(x)).unsqueeze(0)  # (B, K) -> (1, B, K)
     return scores.to(model.fc.weight.dtype)
@@ -273,7 +277,9 @@ def evaluate(run, model, data, steps, batch_size, console):
     The neuron is causal, so a run of the most steps holds all shorter ones: the answer after t
     steps is the mean of the first t class scores.
     """
-    images, K, device = len(data.test_y), len(data.classes), data.test_y.device
+    images, K = len(data.test_y), len(data.classes)
+    device = data.test_y.device
+    # sums over images, read once at the end
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=device)  # correct, loss
     correct_by_class = torch.zeros(K, device=device)
     counters = Counters(model, steps[-1])
@@ -284,13 +290,16 @@ def evaluate(run, model, data, steps, batch_size, console):
         for i, t in enumerate(steps):
             answer = scores[:t].mean(0).double()  # (T, B, K) -> (B, K)
             correct = answer.argmax(1) == y
-            sums[i] += torch.stack([correct.sum(), F.cross_entropy(answer, y, reduction="sum")])
+            loss = F.cross_entropy(answer, y, reduction="sum")
+            sums[i] += torch.stack([correct.sum(), loss])
         correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
 
     layers = counters.read()
-    firing = {row["name"]: sum(row["rate"]) / counters.T for row in layers if "rate" in row}
-    rows = [dict(T=t, accuracy=100 * accuracy, loss=loss, **energy(layers, t))
-            for t, (accuracy, loss) in zip(steps, (sums / images).tolist())]
+    # spikes per neuron and step, over all steps
+    firing = {layer["name"]: np.mean(layer["rate"]).item() for layer in layers if "rate" in layer}
+    rows = []
+    for t, (accuracy, loss) in zip(steps, (sums / images).tolist()):
+        rows.append(dict(T=t, accuracy=100 * accuracy, loss=loss) | energy(layers, t))
     by_class = 100 * correct_by_class / torch.bincount(data.test_y, minlength=K)
     return dict(evaluated_on=data.describe(), steps=rows, firing=firing, layers=layers,
                 class_accuracy=dict(zip(data.classes, by_class.tolist())))
@@ -311,23 +320,30 @@ def compare(runs):
     baselines = {}
     for run in runs:
         if run["method"] == "baseline":
-            baselines.setdefault((network(run), run["images"]), []).extend(run["history"])
+            epochs = baselines.setdefault(setting(run), [])
+            epochs += run["history"]
 
     rows = []
     for run in runs:
-        row = dict(run=run["name"], data=Path(run["dataset"]).name, network=network(run),
-                   method=run["method"], T=run["T"], epochs=len(run["history"]))
+        history, name = run["history"], Path(run["dataset"]).name
+        row = dict(run=run["name"], data=name, network=network(run), method=run["method"])
+        row |= dict(T=run["T"], epochs=len(history))
         row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
-        if run["history"]:
-            top = max(run["history"], key=accuracy)
-            row |= dict(last=run["history"][-1]["test_acc"], best=top["test_acc"], at=top["epoch"])
-        base = max(baselines.get((network(run), run["images"]), []), key=accuracy, default=None)
-        reached = [e for e in run["history"] if base and accuracy(e) >= accuracy(base)]
-        if reached:
-            first = reached[0]["epoch"]
-            row |= dict(to_base=first, sooner=base["epoch"] / first)
+        if history:
+            best = max(history, key=accuracy)
+            row |= dict(last=accuracy(history[-1]), best=accuracy(best), at=best["epoch"])
+        if baselines.get(setting(run)):
+            base = max(baselines[setting(run)], key=accuracy)
+            reached = [e["epoch"] for e in history if accuracy(e) >= accuracy(base)]
+            if reached:
+                row |= dict(to_base=reached[0], sooner=base["epoch"] / reached[0])
         rows.append(row)
     return rows
+
+
+def setting(run):
+    """What runs must share to be compared."""
+    return network(run), run["images"]
 
 
 def network(run):
@@ -350,13 +366,15 @@ def measured(run):
 
 def by_layer(run):
     """Rates and energy of a run: a row per spiking layer with the convolutions that feed it."""
+    T = run["steps"][-1]["T"]
     rows, members = [], []
     for layer in run["layers"]:
         members.append(layer)
         if "rate" in layer or layer is run["layers"][-1]:  # the classifier has no neurons
-            rate = run["firing"].get(layer["name"], math.nan)
-            row = {"layer": layer["name"], "neurons": layer.get("neurons"), "firing %": 100 * rate}
-            rows.append(row | operations(energy(members, run["steps"][-1]["T"])))
+            row = {"layer": layer["name"], "neurons": layer.get("neurons"), "firing %": None}
+            if "rate" in layer:
+                row["firing %"] = 100 * run["firing"][layer["name"]]
+            rows.append(row | operations(energy(members, T)))
             members = []
     return rows
 
@@ -402,8 +420,8 @@ def plot(path, runs):
     rows = len(datasets) + fired
     if not rows:
         fail("argument --plot: nothing to draw: no run here was trained or evaluated")
-    figure, axes = pyplot.subplots(rows, 2, squeeze=False, figsize=(8.3, 3.2 * rows + 0.6),
-                                   layout="constrained")
+    size = 8.3, 3.2 * rows + 0.6  # inches: the width of a page
+    figure, axes = pyplot.subplots(rows, 2, squeeze=False, figsize=size, layout="constrained")
     if fired:
         left, right = axes[-1]
         left.set(title="test accuracy", xlabel="time-steps", ylabel="%")
@@ -420,14 +438,17 @@ def plot(path, runs):
         if run["history"]:
             left, right = axes[datasets.index(run["images"])]
             name = Path(run["dataset"]).name
+            # a student's `loss` holds the distillation too
+            train_loss = "ce" if run["T"] else "loss"
             left.set(title=f"{name}: accuracy (thin: training)", xlabel="epoch", ylabel="%")
             right.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
-            curve = {key: [epoch[key] for epoch in run["history"]] for key in run["history"][0]}
+            # a column that an older file lacks is a gap
+            curve = {key: [epoch.get(key, math.nan) for epoch in run["history"]]
+                     for key in ("epoch", "test_acc", "train_acc", "test_loss", train_loss)}
             left.plot(curve["epoch"], curve["test_acc"], **style)
             left.plot(curve["epoch"], curve["train_acc"], color=color, linewidth=0.5)
             right.plot(curve["epoch"], curve["test_loss"], **style)
-            # a student's `loss` holds the distillation too
-            right.plot(curve["epoch"], curve.get("ce", curve["loss"]), color=color, linewidth=0.5)
+            right.plot(curve["epoch"], curve[train_loss], color=color, linewidth=0.5)
             # up to a little more than chance has: one wild epoch does not flatten the others
             right.set_ylim(0, 1.2 * math.log(run["arch"]["num_classes"]))
         if run.get("firing"):
@@ -473,7 +494,8 @@ def read_images(paths, described):
             fail(f"argument --predict: {error}")
         picture = picture.convert("L" if C == 1 else "RGB").resize((W, H))
         pixels.append(torch.from_numpy(np.array(picture)).view(H, W, C))
-    x, y = torch.stack(pixels), torch.zeros(len(pixels), dtype=torch.int64)
+    x = torch.stack(pixels)
+    y = torch.zeros(len(x), dtype=torch.int64)  # not known
     return Images("--predict", described["classes"], x, y, x, y)
 
 
@@ -522,9 +544,11 @@ def to_nir(model, shape):
         if conv.bias is not None:
             bias += scale * conv.bias.double()
         weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-        weight, bias = (v.to(conv.weight.dtype).numpy() for v in (weight, bias))
-        return add(name, nir.Conv2d(size(x)[1:], weight, conv.stride, conv.padding, conv.dilation,
-                                    conv.groups, bias), x)
+        dtype = conv.weight.dtype
+        C, H, W = size(x)
+        node = nir.Conv2d((H, W), weight.to(dtype).numpy(), conv.stride, conv.padding,
+                          conv.dilation, conv.groups, bias.to(dtype).numpy())
+        return add(name, node, x)
 
     def add_lif(name, bn, x):
         def full(value):
@@ -537,14 +561,19 @@ def to_nir(model, shape):
         lif = nir.LIF(tau=full(NIR_DT / leak), r=full(1 / leak), v_leak=full(0), **fires)
         return add(name, lif, x)
 
-    x = add_lif("bn1", model.bn1, add_conv("conv1", model.conv1, model.bn1, ["input"]))
+    # stem
+    x = add_conv("conv1", model.conv1, model.bn1, ["input"])
+    x = add_lif("bn1", model.bn1, x)
     if not isinstance(model.maxpool, nn.Identity):
         # NIR has no max-pool: the largest of some spikes is 1 where their sum is above 0
         C, H, W = size(x)
+        window = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
+        window = {name: np.array(pair) for name, pair in window.items()}
+        x = add("maxpool_sum", nir.SumPool2d(**window), x)
         half = np.full((C, (H + 1) // 2, (W + 1) // 2), 0.5, np.float32)
-        window = np.array([3, 3]), np.array([2, 2]), np.array([1, 1])  # size, stride, padding
-        x = add("maxpool_sum", nir.SumPool2d(*window), x)
         x = add("maxpool", nir.Threshold(half), x)
+
+    # blocks
     for name, block in model.named_modules():
         if not hasattr(block, "downsample"):
             continue
@@ -564,14 +593,19 @@ def to_nir(model, shape):
             x = add_lif(f"{name}_bn{i}", bn, x)
         if sew:
             x = x + shortcut
+
+    # mean over pixels, and classifier
     C, H, W = size(x)
     pixels = np.array([H, W])
     x = add("avgpool", nir.AvgPool2d(pixels, pixels, np.array([0, 0])), x)
     # counted from the end, so that it leaves a reader's batch dimension alone
-    x = add("flatten", nir.Flatten(np.array([C, 1, 1]), start_dim=-3), x)
-    x = add("fc", nir.Affine(model.fc.weight.numpy(), model.fc.bias.numpy()), x)
+    flatten = nir.Flatten(np.array([C, 1, 1]), start_dim=-3)
+    x = add("flatten", flatten, x)
+    weight, bias = model.fc.weight.numpy(), model.fc.bias.numpy()
+    x = add("fc", nir.Affine(weight, bias), x)
     add("output", nir.Output(np.array([model.fc.out_features])), x)
 
+    # a layer that somebody added would be lost in silence
     for name, module in model.named_modules():
         layer = isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
         if layer and module not in exported:
@@ -603,9 +637,11 @@ def main(argv=None):
     # whatever is wrong with the flags or a checkpoint ends here, before any work
     args = parse_args(argv)
     device, dtype, autocast, _ = setup(args)
-    checkpoints = {path: load_checkpoint(path) for path in args.checkpoints}
-    models = [build(path, checkpoint).to(device, dtype) for path, checkpoint in checkpoints.items()]
-    runs = [describe(path, checkpoint) for path, checkpoint in checkpoints.items()]
+    models, runs = [], []
+    for path in args.checkpoints:
+        checkpoint = load_checkpoint(path)
+        models.append(build(path, checkpoint).to(device, dtype))
+        runs.append(describe(path, checkpoint))
     single = len(runs) == 1
     for run, model in zip(runs, models):
         if single and not run["T"] and (args.T or args.export):
@@ -648,7 +684,8 @@ def main(argv=None):
                 run |= evaluate(run, model, images, steps, args.batch_size, console)
 
     # files before the screen: nothing there can lose them
-    rows, notes = compare(runs), []
+    rows = compare(runs)
+    notes = []  # the screen's last lines
     if args.json:
         content = dict(torch=str(torch.__version__), batch_size=args.batch_size,
                        pj_per_ac=PJ_PER_AC, pj_per_mac=PJ_PER_MAC, runs=runs, comparison=rows)
@@ -666,13 +703,14 @@ def main(argv=None):
     if args.plot:
         plot(args.plot, runs)
     if args.export:
-        notes = export_nir(args.export[1], models[0].cpu(), runs[0]["data"]["shape"])
+        shape = runs[0]["data"]["shape"]  # (C, H, W)
+        notes = export_nir(args.export[1], models[0].cpu(), shape)
 
     # the screen
     if args.predict:
-        size = " and ".join({f"{W}x{H}" for C, H, W in (run["data"]["shape"] for run in runs)})
-        show(console, f"images resized to {size} pixels",
-             [row for run in runs for row in run["predictions"]])
+        for run in runs:
+            C, H, W = run["data"]["shape"]
+            show(console, f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
     if args.recorded or use_test_set:
         show(console, "training recorded", rows)
         if not single and any(row["to_base"] for row in rows):

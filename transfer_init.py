@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -68,6 +71,7 @@ class Neuron:
 def parse_args(argv=None):
     """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
     the defaults, and --help shows them."""
+    # the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
     p.add_argument("--src",
                    help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
@@ -75,9 +79,10 @@ def parse_args(argv=None):
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
                    help="layers of the Spiking ResNet")
     p.add_argument("--width", type=number(int, 1, 4096),
-                   help="channels of its first stage, as a rule the teacher's")
+                   help="channels of its first stage; not given: the teacher's")
     p.add_argument("--block", default="basic", choices=["basic", "sew"],
                    help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
+    # what is transferred, and from where (paper, section 3.2.2)
     p.add_argument("--block-map", default="spread", choices=["spread", "first"],
                    help="the teacher's block for block j of a stage: at its relative position (the "
                         "paper's text), or block min(j, n-1) (the authors' code)")
@@ -85,42 +90,47 @@ def parse_args(argv=None):
                    help="downsampling shortcuts: transferred, or fresh as in the authors' code")
     p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
                    help="fully connected layer: fresh, as in the paper, or the teacher's")
+    # the student's input and its neurons
     p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
                    help="the image as current at every step, or spikes of probability pixel/255 "
                         "(Algorithm 1)")
     p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
                    help="first convolution; auto: the teacher's, or by the image size of --dataset")
-    add_neuron_flags(p, **asdict(Neuron()))
+    add_neuron_flags(p)
+    # the data and the result
     p.add_argument("--dataset",
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
-                        "images; as a rule the teacher's")
+                        "images; not given: the teacher's")
     p.add_argument("--seed", type=number(int, 0, 99999), default=0,
                    help="of whatever stays fresh")
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
 
+    # the neuron's defaults stand above; width and data are the teacher's
+    p.set_defaults(**asdict(Neuron()))
     src = p.first_pass(argv).src
     teacher = None
     if src and (os.path.isfile(src) or not asks_help(argv)):
         teacher = load_teacher(src)
         p.set_defaults(width=teacher["arch"]["width"],
-                       dataset=teacher["config"].get("dataset", "cifar100"))
+                       dataset=teacher["config"].get("dataset", "cifar100"))  # elsewhere: unnamed
     args = p.parse_args(argv)
     if not args.src:
         fail("argument --src: is required: the teacher's file")
     return args, teacher
 
 
-def add_neuron_flags(p, T=None, decay=None, v_th=None, lens=None, detach_reset=None):
-    """The flags of `Neuron`, with these defaults; None: what the file of --init says."""
+def add_neuron_flags(p):
+    """The flags of `Neuron`, for this stage and the next; their defaults are the caller's."""
+    # a window of width 0 has no gradient, and at threshold 0 batch norm would start at 0
     positive = number(float, 0, 1e3, above=True)
-    p.add_argument("--T", type=number(int, 1, 32), default=T, help="time-steps")
-    p.add_argument("--decay", type=number(float, 0, 1), default=decay,
+    p.add_argument("--T", type=number(int, 1, 32), help="time-steps")
+    p.add_argument("--decay", type=number(float, 0, 1),
                    help="share of the potential that a step keeps, exp(-1/tau) of eq. 2")
-    p.add_argument("--v-th", type=positive, default=v_th, help="firing threshold, eq. 3")
-    p.add_argument("--lens", type=positive, default=lens,
+    p.add_argument("--v-th", type=positive, help="firing threshold, eq. 3")
+    p.add_argument("--lens", type=positive,
                    help="half-width of the surrogate's window around it, eq. 4")
-    p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction, default=detach_reset,
+    p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction,
                    help="no gradient through the reset, as in the authors' code")
 
 
@@ -140,6 +150,7 @@ class BatchNormLIF(BatchNorm2d):
 
     def forward(self, x, residual=None, static=False):
         n = self.neuron
+        # convolutions know no time: it is folded into their batch
         if not static:
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
@@ -148,8 +159,8 @@ class BatchNormLIF(BatchNorm2d):
             self.num_batches_tracked += 1
         spikes = bn_lif(
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
-            training=self.training, momentum=self.momentum, T=n.T if static else None,
-            eps=self.eps, decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
+            training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
+            decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
             group=dist.group.WORLD if world_size() > 1 else None)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
@@ -159,6 +170,7 @@ class SEWBasicBlock(BasicBlock):
 
     def forward(self, x):
         spikes = self.bn1(self.conv1(x))
+        # added after the neuron: a shortcut of its own fires too
         return self.bn2(self.conv2(spikes)) + self.downsample(x)
 
 
@@ -189,13 +201,16 @@ class SpikingResNet(ResNet):
                  block="basic", encoder="direct", T=Neuron.T, decay=Neuron.decay,
                  v_th=Neuron.v_th, lens=Neuron.lens, detach_reset=Neuron.detach_reset):
         neuron = Neuron(T, decay, v_th, lens, detach_reset)
+        # the neuron stands wherever the teacher has its ReLU
         lif = partial(BatchNormLIF, neuron=neuron)
         kind = dict(norm_act=lif)
-        if block == "sew":  # a downsampling shortcut fires too
+        # and in Figure 1c in a downsampling shortcut, which else only normalises
+        if block == "sew":
             kind.update(norm=lif, block=SEW[DEPTHS[depth][0]])
         super().__init__(depth, num_classes, in_channels, width, stem, **kind)
         self.neuron = neuron
         self.encoder = encoder
+        # the convolutions keep what nn.Conv2d gave them
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 nn.init.constant_(m.weight, v_th)
@@ -207,6 +222,7 @@ class SpikingResNet(ResNet):
         The network's answer is their mean over T; `scores[:t].mean(0)` is what it would have said
         after t steps.
         """
+        # of the same current at every step the stem needs one convolution, not T
         static = x.dim() == 4
         if not static:
             x = x.flatten(0, 1)                        # (T, B, C, H, W) -> (T*B, C, H, W)
@@ -221,8 +237,10 @@ class SpikingResNet(ResNet):
         index: (B,) int64 on x's device, which images of the data set these are. A spike depends on
         (seed, image, step, pixel) alone: not on the batch, T, the process or the device.
         """
+        # the first layer's neurons make spikes of the image itself
         if self.encoder == "direct":
             return data.normalize(x)
+        # strict, and noise below 255: black never fires, white always
         spikes = x > noise(seed, index, self.neuron.T, x.shape[1:])
         return spikes.to(self.fc.weight.dtype)
 
@@ -233,24 +251,28 @@ def noise(seed, index, T, shape):
     Each image has a stream of splitmix64 (Steele, Lea, Flood 2014), of which step and pixel are
     the counter: nothing is drawn in any order.
     """
+    # hashed twice, so that neither images nor seeds next to each other share a stream
     stream = mix(mix(index) + seed).view(-1, 1, 1, 1)            # (B, 1, 1, 1)
     counter = torch.arange(1, 1 + T * math.prod(shape), device=index.device)
     counter = counter.view(T, 1, *shape)                         # (T, 1, C, H, W)
     golden_ratio = 0x9E3779B97F4A7C15 - 2**64                    # of 2^64, as a signed integer
-    return mix(stream + counter * golden_ratio).remainder(255)   # 2^64 % 255 = 1: even to 2^-56
+    # 2^64 is 1 more than a multiple of 255: each remainder is as likely as another to 2^-56
+    return mix(stream + counter * golden_ratio).remainder(255)   # (T, B, C, H, W)
 
 
 def mix(z):
-    """splitmix64's hash of int64, which multiplies modulo 2^64; masks make its shifts logical."""
-    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return z ^ (z >> 31 & 2**33 - 1)
+    """splitmix64's hash of int64, whose products are modulo 2^64."""
+    # the sign must not be shifted in: each mask keeps what an unsigned shift leaves
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 # ------------------------------------------------------------------------------------- transfer
 def loop(source, shape):
     """Loop interpolation (paper, section 3.2.2, Figure 3), for vectors likewise:
     target[i, j] = source[i % C_out, j % C_in]."""
+    # the first two dimensions are channels, out and in; what follows is the kernel
     for dim in range(min(2, len(shape))):
         source = source.index_select(dim, torch.arange(shape[dim]) % source.shape[dim])
     return source
@@ -274,7 +296,8 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     -> to" or "fresh"). Raises ValueError, before anything is copied, if the source is no ResNet
     (`resnet_arch`), has other blocks than the student, or lacks what should be copied.
     """
-    arch = resnet_arch(source)  # so nothing below is missing, or of a shape that cannot be looped
+    # after this nothing is missing below, or of a shape that cannot be looped
+    arch = resnet_arch(source)
     if classifier == "transfer" and not arch["num_classes"]:
         raise ValueError("it has no classifier to transfer")
     target = student.state_dict()
@@ -282,16 +305,18 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         kinds = {False: "basic blocks (ResNet-18, 34)", True: "bottlenecks (ResNet-50, 101, 152)"}
         raise ValueError(f"the teacher has {kinds[is_bottleneck(source)]}, the student "
                          f"{kinds[is_bottleneck(target)]}: give --depth of the same kind")
+    # kernels of 3x3 and 7x7 have no common index: such a stem starts fresh
     fresh = [] if classifier == "transfer" else ["fc."]
     if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
         fresh += ["conv1.", "bn1."]
 
-    rows = {}
+    rows = {}  # of the table, by layer
     for name, tensor in target.items():
         layer = name.rpartition(".")[0]
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
             rows[layer] = ("", "fresh")
             continue
+        # the block of the same stage that this block is filled from (Figure 2b)
         origin = name
         if name.startswith("layer"):
             stage, j, rest = name.split(".", 2)
@@ -299,6 +324,7 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
             origin = f"{stage}.{k}.{rest}"
         if origin not in source and name.endswith("num_batches_tracked"):
             continue  # a counter that weights older than PyTorch 0.4.1 lack, and nothing reads
+        # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
         value = source[origin]
         tensor.copy_(loop(value, tensor.shape))
         how = "copied"
@@ -319,12 +345,14 @@ def resnet_arch(weights):
     stem = weights.get("conv1.weight", torch.empty(0))
     if stem.dim() != 4 or stem.numel() == 0:
         raise ValueError("it has no conv1.weight of four dimensions")
+    # the depth is told by the kind of blocks and their number in each stage
     block = Bottleneck if is_bottleneck(weights) else BasicBlock
     counts = tuple(blocks(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
     depth = next((d for d, kind in DEPTHS.items() if kind == (block, counts)), None)
     if depth is None:
         raise ValueError(f"its four stages have {counts} blocks ({block.__name__}), as no ResNet "
                          f"of {', '.join(map(str, DEPTHS))} layers")
+    # stem and classifier are as wide as their tensors; size(kernel) is "3x3" or "7x7"
     head = {"fc.weight", "fc.bias"} <= weights.keys()
     arch = dict(depth=depth, num_classes=weights["fc.bias"].numel() if head else 0,
                 in_channels=stem.shape[1], width=stem.shape[0], stem=size(stem[0, 0]))
@@ -333,6 +361,7 @@ def resnet_arch(weights):
     with torch.device("meta"):
         expected = ResNet(**arch | dict(num_classes=arch["num_classes"] or 1)).state_dict()
     for name, tensor in expected.items():
+        # what may be absent: the counter that old PyTorch did not keep, and another task's head
         value = weights.get(name)
         if name.endswith("num_batches_tracked") or (name.startswith("fc.") and not head):
             continue
@@ -342,6 +371,7 @@ def resnet_arch(weights):
                              "another network (ResNeXt, a wide ResNet) or a part of one")
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"its {name} has values that are not finite floating-point numbers")
+    # a tensor too many, as of squeeze-and-excitation, would change what the network computes
     for name in weights:
         if name.startswith(("conv", "bn", "layer")) and name not in expected:
             raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
@@ -349,6 +379,7 @@ def resnet_arch(weights):
 
 
 def is_bottleneck(weights):
+    # a basic block ends with its second convolution
     return "layer1.0.conv3.weight" in weights
 
 
@@ -358,14 +389,15 @@ def blocks(weights, stage):
 
 
 def size(tensor):
+    # as in a flag or a message: "64x3x7x7"
     return "x".join(map(str, tensor.shape))
 
 
 # ---------------------------------------------------------------------------- files of a teacher
-LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # in the first bytes, before PyTorch 1.6
+# torch.save's first bytes before PyTorch 1.6, and the number types of safetensors in weights
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-                   I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
-                   U8=torch.uint8, BOOL=torch.bool)
+                   I64=torch.int64)  # the last for num_batches_tracked
 
 
 def load_teacher(path):
@@ -376,13 +408,17 @@ def load_teacher(path):
     notes = []
     try:
         content, unchecked = read_weights(path)
+        # our own format is checked where it is defined
         if isinstance(content, dict) and {"format", "stage"} <= content.keys():
             return load_checkpoint(path, "teacher")
         weights, unused = find_resnet(content)
         arch = resnet_arch(weights)
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror or error})")
     except ValueError as error:
         fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
              f"torchvision's names: {error}")
+    # nothing is passed over in silence
     if unchecked:
         notes.append(f"{path} is {unchecked}, which has no checksums: damage may go unseen")
     if unused:
@@ -396,22 +432,28 @@ def read_weights(path):
     Reads torch.save's archive, torch.save's format from before PyTorch 1.6, and safetensors; code
     in a file is never run. Raises ValueError that says what the file is instead.
     """
+    # what a file is, its first bytes say; its name may say anything
     with open(path, "rb") as f:
         head = f.read(32)
     try:
+        # weights_only: what is no tensor or plain value is refused, in the old format too
         if LEGACY in head:
             content = torch.load(path, map_location="cpu", weights_only=True)
             return content, "of torch.save from before PyTorch 1.6"
-        if head[8:9] == b"{":
+        if head[8:9] == b"{":  # the header's JSON, after its length
             return read_safetensors(path), "a safetensors file"
+        # what is left is torch.save's archive, with checksums, or nothing we know;
+        # torch.load hands TorchScript, which is code, to another reader, and warns
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise ValueError("a TorchScript archive")
         return read(path), None
     except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        # the one reason that has a remedy: the file holds an object, as torch.save(network) writes
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"needs Python's {refused[1]}, and only tensors and plain values are read"
+            reason = (f"needs Python's {refused[1]}, and only tensors and plain values are "
+                      "read: save its state_dict()")
         raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or of another "
                          f"kind ({reason})") from None
 
@@ -424,14 +466,11 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        # bytes counted from the header's end, little-endian, in C order
         first, last = entry["data_offsets"]
-        dtype = SAFETENSORS[entry["dtype"]]
-        if body + last > len(raw):
-            raise ValueError("its end is missing")
-        flat = torch.empty(0, dtype=dtype)
-        if last > first:
-            flat = torch.frombuffer(raw[body + first:body + last], dtype=dtype)
-        tensors[name] = flat.view(entry["shape"])
+        content = raw[body + first:body + last]
+        flat = torch.frombuffer(content, dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
     return tensors
 
 
@@ -444,20 +483,24 @@ def find_resnet(content):
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     mark = "layer1.0.conv1.weight"  # in every ResNet, once
-    found, names = [], []
+    found, names = [], []  # (where, prefix, its dict); all tensors, for the message
     for path, values in dicts(content):
         tensors = {str(name): v for name, v in values.items() if isinstance(v, torch.Tensor)}
         names += tensors
+        # whatever stands before the mark stands before every name of this network
         for name in tensors:
             prefix, here, rest = name.rpartition(mark)
             if here and not rest and prefix[-1:] in ("", "."):
                 found.append((path, prefix, tensors))
+    # none: tensors of another network, or no tensors at all
     if not found:
         raise ValueError(f"it has no {mark}, but {listed(names or content)}")
+    # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
     if len(found) > 1:
         places = [path + prefix for path, prefix, _ in found]
         raise ValueError(f"it holds {len(found)} networks, {listed(places)}: save one alone")
 
+    # what stands beside it is named: it may be the head of another task, or a surprise
     _, prefix, tensors = found[0]
     weights = {name.removeprefix(prefix): value for name, value in tensors.items()
                if name.startswith(prefix)}
@@ -483,52 +526,65 @@ def listed(names, most=4):
 
 
 # ----------------------------------------------------------------------------------------- main
-CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names are known with the data alone
+CIFAR = dict(cifar10=10, cifar100=100)  # classes, whose names only the data themselves tell
 
 
-def describe_dataset(dataset):
-    """name, classes (None: not known here) and shape of --dataset, without reading its pixels."""
+def describe_dataset(dataset, taught):
+    """name, classes (None: not known here) and shape of --dataset, without reading all its pixels.
+
+    taught: the description in the teacher's file, if it learnt from that data set.
+    """
+    # what cannot change, or is not here to be asked
+    if taught and not os.path.isdir(dataset):
+        return dict(taught)
     if dataset in CIFAR:
         return dict(name=dataset, classes=None, shape=[3, 32, 32])
     if dataset == "digits":
         return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
+    # a folder's classes may have changed since the teacher saw them
     try:
-        train, _ = list_folder(Path(dataset), skipped=[])
-        images = [read_image(paths[0]) for paths in train.values()]  # (H, W, C), one a class
+        train, test = list_folder(Path(dataset), skipped=[])
+        if taught:
+            return taught | dict(classes=list(train))
+        paths = [path for split in (train, test) for files in split.values() for path in files]
+        H, W, channels = read_image(paths[0]).shape
+        # as stage 3 will read them: grey only if all are grey
+        if any(read_image(path).shape[2] == 3 for path in paths):
+            channels = 3
     except (OSError, ValueError) as error:
         fail(f"--dataset {dataset}: {error}")
-    H, W, _ = images[0].shape
-    channels = max(pixels.shape[2] for pixels in images)  # grey only if all are grey
     return dict(name=dataset, classes=list(train), shape=[channels, H, W])
 
 
 def main(argv=None):
+    # arguments, and with them the teacher, who says what some are by default
     args, teacher = parse_args(argv)
     weights, taught = teacher["model"], teacher["data"]
     own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
 
+    # the data: the teacher's, or those of --dataset; what its labels mean goes into the checkpoint
+    same = args.dataset == teacher["config"].get("dataset")
+    data = describe_dataset(args.dataset, taught if same else None)
+    num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
+
     # an earlier result of the same command stands, another's is not overwritten
     parents = {"teacher": dict(path=args.src, sha256=sha256_file(args.src), bare=not own)}
     identity = run_identity(args, "init", parents=parents)
+    identity["data"] = [num_classes, data["classes"], data["shape"]]  # all that counts here
     earlier_run(args, "init", identity)
-
-    # the data: the teacher's, or those of --dataset; a folder is asked again, it may have changed
-    same = args.dataset == teacher["config"].get("dataset")
-    data = dict(taught) if same else {}
-    if not same or os.path.isdir(args.dataset):
-        data.update(describe_dataset(args.dataset))
-    num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
     # the teacher's classifier serves its own classes alone, in their order
     if args.classifier == "transfer":
-        rows = len(weights.get("fc.weight", []))
-        if rows != num_classes:
+        known = len(weights.get("fc.weight", []))
+        if known != num_classes:
             fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} "
-                 f"knows {rows}, {args.dataset} has {num_classes}")
+                 f"knows {known}, {args.dataset} has {num_classes}")
         check_classes(data["classes"] or [], taught, "teacher", args.src)
-        data["classes"] = data["classes"] or (taught and taught["classes"])  # stage 3 compares
+        # where the names are not known here, stage 3 will have them to compare
+        if taught:
+            data["classes"] = taught["classes"]
 
-    # the student, fresh
+    # the student: small images keep their size in the stem
     stem = args.stem
     if stem == "auto" and same:
         stem = teacher["arch"]["stem"]
@@ -538,28 +594,30 @@ def main(argv=None):
                 width=args.width, stem=stem, block=args.block, encoder=args.encoder,
                 T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens,
                 detach_reset=args.detach_reset)
+    # fresh, as the seed says
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
 
-    # the transfer
+    # the transfer, for which the teacher has to fit
     try:
         rows = transfer(student, weights, args.block_map, args.shortcut, args.classifier)
     except ValueError as error:
         fail(f"{args.src}: {error}")
 
-    # save
-    checkpoint = make_checkpoint(
-        "init", arch, student, args, identity, torch.device("cpu"), data, parents)
+    # save; the next stage reads all it needs to know from this file
+    device = torch.device("cpu")
+    checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
     save_checkpoint(args.out, checkpoint)
 
-    # what was done, and what comes next
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    # what was done, layer by layer, and what comes next
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # [x] in a path is a path
     table = Table("layer of the student", "from the teacher's", "how", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     for note in teacher.get("notes", []):
         console.print(f"note: {note}")
+    # how many of the numbers that training will change came from the teacher
     fresh = {layer for layer, _, how in rows if how == "fresh"}
     counts = {name: p.numel() for name, p in student.named_parameters()}
     total = sum(counts.values())
@@ -567,10 +625,11 @@ def main(argv=None):
     console.print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width "
                   f"{args.width}, T {args.T}) for {args.dataset}; {total - left:,} of {total:,} "
                   f"parameters from {args.src}, {left:,} fresh")
+    # the next command; weights from elsewhere know no classes: nothing to distil from
     command = f"python train_idsnn.py --init {shlex.quote(args.out)}"
     if own:
         console.print(f"next: {command}")
-    else:  # these weights answer no question about the student's classes
+    else:
         console.print(f"next: {command} --no-kd   (or --teacher, a checkpoint of train_teacher.py)")
 
 

@@ -249,16 +249,18 @@ if triton is not None:
                 tl.store(Whole + C + c, mean, c < C)
                 tl.store(Whole + 2 * C + c, tl.zeros([1, BC], tl.float64), c < C)
                 tl.store(Whole + 3 * C + c, m2, c < C)
-            if RunningMean is not None:
-                old = tl.load(RunningMean + c, c < C, 0.0)
-                tl.store(RunningMean + c, old * (1 - momentum) + mean * momentum, c < C)
-                old = tl.load(RunningVar + c, c < C, 0.0)
-                tl.store(RunningVar + c, old * (1 - momentum) + m2 / (n - 1) * momentum, c < C)
         if Vectors is not None:
+            weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
+            bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
+            if Parts is not None and RunningMean is not None:
+                old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
+                old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
+                tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
+                tl.store(RunningVar + c, old_var + m2 / (n - 1) * momentum, c < C)
             mean, var = mean.to(tl.float32), var.to(tl.float32)
             std = tl.sqrt_rn(var + eps)  # roots and quotients exactly rounded, as in PyTorch
-            scale = tl.div_rn(tl.load(Weight + c, c < C, 0.0).to(tl.float32), std)
-            shift = tl.load(Bias + c, c < C, 0.0).to(tl.float32) - mean * scale
+            scale = tl.div_rn(weight, std)
+            shift = bias - mean * scale
             inv_std = tl.div_rn(1.0, std)
             for i in range(fold):
                 at = Vectors + i * C + c
@@ -332,11 +334,12 @@ if triton is not None:
             s1 += _part(Parts, 0, p, P, c, C)
             s2 += _part(Parts, 1, p, P, c, C)
         s1, s2 = tl.sum(s1, 0, keep_dims=True), tl.sum(s2, 0, keep_dims=True)
+        if Means is not None:
+            inv_std = tl.load(Vectors + INV_STD * fold * C + c, c < C, 0.0)
         if Sums is not None:
             tl.store(Sums + c, s1, c < C)
             tl.store(Sums + C + c, s2, c < C)
         if Means is not None:
-            inv_std = tl.load(Vectors + INV_STD * fold * C + c, c < C, 0.0)
             for i in range(fold):
                 tl.store(Means + i * C + c, s1 / n, c < C)
                 tl.store(Means + (fold + i) * C + c, s2 / n * inv_std, c < C)
@@ -394,6 +397,12 @@ def _fold(C):
     return 64 // math.gcd(64, C)
 
 
+def tile_size(T, itemsize):
+    """Neurons of a program: fewer where a neuron's loads of all steps, which stay in registers,
+    take more than 16 bytes a plane."""
+    return TILE * 16 // max(16, 2 ** (T * itemsize - 1).bit_length())
+
+
 def _grid(x, T, programs=None):
     """The grid over tiles of one time-step of x and what all kernels over tiles take."""
     N, C, S = x[0].numel(), x.shape[2], 1 if _channels_last(x) else x.shape[3] * x.shape[4]
@@ -403,9 +412,7 @@ def _grid(x, T, programs=None):
     if R >= 2**30:
         raise ValueError(f"impl='triton' takes fewer than 2**30 values a channel, not {R}")
     BC = 1 if S > 1 else min(64, triton.next_power_of_2(C))
-    # all steps' loads stay in registers: fewer neurons a thread where they take more than 32 bytes
-    tile = TILE * 32 // max(32, triton.next_power_of_2(T * x.element_size()))
-    BR, across = tile // BC, triton.cdiv(C, BC)
+    BR, across = tile_size(T, x.element_size()) // BC, triton.cdiv(C, BC)
     P = triton.cdiv(R, BR)
     if programs is not None:
         P = min(P, max(1, programs // across))
@@ -630,20 +637,21 @@ def _composed(x, weight, bias, residual, running_mean, running_var, training, mo
 
 def _fused(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
            neuron, group):
+    # the statistics' part of the derivative is idsnn::bn_lif's
+    constant = [v.detach() for v in (x, weight, bias)]
     n, name, wholes = 0, "", None
-    with torch.no_grad():  # the statistics' part of the derivative is idsnn::bn_lif's
-        if not training:
-            vectors = _constants(running_mean, running_var, weight, bias, eps)
-        else:
-            n = x.numel() // x.shape[2]
-            if group is not None:
-                n, name = n * group.size(), group.group_name
-                ops = torch.ops._c10d_functional
-                gathered = ops.all_gather_into_tensor(_whole(x), group.size(), name)
-                wholes = ops.wait_tensor(gathered).unflatten(0, (-1, 4))
-                wholes = wholes.transpose(0, 1).contiguous()  # (ranks, 4, C) -> (4, ranks, C)
-            vectors = _statistics(x, wholes, weight, bias, running_mean, running_var, momentum,
-                                  eps)
+    if not training:
+        vectors = _constants(running_mean, running_var, *constant[1:], eps)
+    else:
+        n = x.numel() // x.shape[2]
+        if group is not None:
+            n, name = n * group.size(), group.group_name
+            ops = torch.ops._c10d_functional
+            gathered = ops.all_gather_into_tensor(_whole(constant[0]), group.size(), name)
+            wholes = ops.wait_tensor(gathered).unflatten(0, (-1, 4))
+            wholes = wholes.transpose(0, 1).contiguous()  # (ranks, 4, C) -> (4, ranks, C)
+        vectors = _statistics(constant[0], wholes, *constant[1:], running_mean, running_var,
+                              momentum, eps)
     inputs = x, residual, weight, bias
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     return _bn_lif(*inputs, vectors, T, n, *neuron, name, save)[0]

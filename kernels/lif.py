@@ -277,10 +277,10 @@ if triton is not None:
             tl.store(DX + t * N + n, du, inside)
 
 
-def block_size(itemsize, T=1):
-    """Neurons per program: 16 bytes for each of 128 threads; fewer where T > 8 potentials of each
-    stay in registers."""
-    return 128 * 16 // itemsize // (1 if T <= 8 else 2 if T <= 16 else 4)
+def block_size(itemsize, planes):
+    """Neurons per program: 16 bytes for each of 128 threads; fewer where more than 16 planes of
+    each stay in registers."""
+    return 128 * 16 // itemsize // (1 if planes <= 16 else 2 if planes <= 32 else 4)
 
 
 def _launch(kernel, block, x, *args):
@@ -312,8 +312,8 @@ def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, 
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
     elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size()), X, F, B, X.shape[1], _step(X),
-                decay, v_th, lens)
+        _launch(_forward_kernel, block_size(X.element_size(), len(X)), X, F, B, X.shape[1],
+                _step(X), decay, v_th, lens)
     return spikes, bits
 
 
@@ -324,8 +324,8 @@ def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str)
     if impl == "torch":
         backward_torch(G, B, D, decay, lens)
     elif G.numel():
-        _launch(_backward_kernel, block_size(G.element_size()), G, B, D, G.shape[1], _step(G),
-                decay, 1 / (2 * lens))
+        _launch(_backward_kernel, block_size(G.element_size(), len(G)), G, B, D, G.shape[1],
+                _step(G), decay, 1 / (2 * lens))
     return dx
 
 
@@ -337,8 +337,8 @@ def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: fl
     if impl == "torch":
         backward_full_torch(G, X, D, decay, v_th, lens)
     elif G.numel():
-        _launch(_backward_full_kernel, block_size(X.element_size(), len(X)), G, X, D, G.shape[1],
-                _step(G), _step(X), decay, v_th, lens, 1 / (2 * lens))
+        _launch(_backward_full_kernel, block_size(X.element_size(), 2 * len(X)), G, X, D,
+                G.shape[1], _step(G), _step(X), decay, v_th, lens, 1 / (2 * lens))
     return dx
 
 

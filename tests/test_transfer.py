@@ -387,14 +387,15 @@ def test_direct_coding_is_the_normalised_image():
 
 
 # ------------------------------------------------------------------------------------ the script
-def make_folder(root, classes):
+def make_folder(root, classes, mode="RGB"):
     r = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(8):
                 pixels = r.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+                image = Image.fromarray(pixels).convert(mode)
+                image.save(root / split / name / f"{i}.png")
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +407,10 @@ def made(tmp_path_factory):
         make_folder(folder / "pets", ["bird", "cat", "dog"])
         make_folder(folder / "farm", ["bird", "dog", "yak"])
         make_folder(folder / "zoo", ["ape", "bear", "cat", "dog"])
+        make_folder(folder / "grey", ["day", "night"], mode="L")
+        make_folder(folder / "mixed", ["day", "night"], mode="L")  # all but its last image
+        night = Image.new("RGB", (8, 8), "blue")
+        night.save(folder / "mixed" / "test" / "night" / "7.png")
         train_teacher.main("--dataset pets --width 2 --depth 34 --epochs 1 --batch-size 24 "
                            "--device cpu --out r34.pt".split())
     return folder
@@ -505,16 +510,18 @@ def test_help_shows_the_values_that_will_run(script, capsys):
             script(command)
         assert end.value.code == 0
         texts[command] = " ".join(capsys.readouterr().out.split())
-    assert "as a rule the teacher's (default 2)" in texts["--help --src r34.pt"]
-    assert "as a rule the teacher's (default pets)" in texts["--help --src r34.pt"]
-    for command in ("--help", "--help --src nowhere.pt"):
-        assert "as a rule the teacher's --" in texts[command]
-        assert "time-steps (default 4)" in texts[command]
+    text = texts["--help --src r34.pt"]
+    assert "the teacher's (default 2)" in text and "the teacher's (default pets)" in text
+    for text in texts.values():
+        assert text.count("not given: the teacher's") == 2
+        assert "time-steps (default 4)" in text and "eq. 3 (default 0.5)" in text
 
 
 @pytest.mark.parametrize("dataset,described,arch", [
     ("farm", dict(name="farm", classes=["bird", "dog", "yak"], shape=[3, 8, 8]), (3, 3)),
     ("zoo", dict(name="zoo", classes=["ape", "bear", "cat", "dog"], shape=[3, 8, 8]), (4, 3)),
+    ("grey", dict(name="grey", classes=["day", "night"], shape=[1, 8, 8]), (2, 1)),
+    ("mixed", dict(name="mixed", classes=["day", "night"], shape=[3, 8, 8]), (2, 3)),
     ("digits", dict(name="digits", classes=list("0123456789"), shape=[1, 8, 8]), (10, 1)),
     ("cifar10", dict(name="cifar10", classes=None, shape=[3, 32, 32]), (10, 3)),
     ("cifar100", dict(name="cifar100", classes=None, shape=[3, 32, 32]), (100, 3)),
@@ -560,6 +567,7 @@ def test_a_result_is_kept(script, refused):
         script("--src r34.pt")
     assert end.value.code == 0
     refused("--src r34.pt --T 6", "snn_init.pt", "--T", "--fresh")
+    refused("--src r34.pt --dataset farm", "snn_init.pt", "--fresh")
     refused("--src r34.pt --out r34.pt --fresh", "--out", "r34.pt")
     assert script("--src r34.pt --T 6 --fresh")[0]["arch"]["T"] == 6
 
