@@ -372,7 +372,7 @@ def test_a_folder_without_permission(refused, script):
     ("teacher", "--out idsnn.pt", ["idsnn.pt", "train_idsnn.py", "--fresh"]),
     ("teacher", "--out r34.pt --lr 1", ["r34.pt", "--lr was 0.05, is 1.0", "--fresh"]),
     ("init", "--T 6", ["snn_init.pt", "--T was 4, is 6", "--fresh"]),
-    ("init", "--dataset more", ["snn_init.pt", "--dataset was set, is more", "--fresh"]),
+    ("init", "--dataset more", ["snn_init.pt", "--dataset has other images", "--fresh"]),
     ("idsnn", "--no-kd", ["idsnn.pt", "--no-kd was False, is True", "--fresh"]),
 ])
 def test_output_that_holds_something_else(refused, script, flags, words):
