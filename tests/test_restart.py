@@ -618,24 +618,31 @@ def test_a_huge_test_loss_is_no_success(call, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ many kills in a row
+def said(path):
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
 def kill(script, command, out, moment, say):
     """Run until `moment`: of MOMENTS, or seconds. Returns whether it was killed."""
     before = epochs_in(f"{out}.last")
     if isinstance(moment, tuple):
-        when, killed = " number ".join(map(str, moment)), True
+        when, killed = "at " + " number ".join(map(str, moment)), True
         result = run(script, f"{command} --out {out}", ("SIGKILL", *moment), slow=False)
         assert result.code == -signal.SIGKILL, result.error
     else:
-        when = f"{moment:.2f} s after its start"
+        when = f"{moment:.2f} s after training began"
+        Path("out.txt").unlink(missing_ok=True)
         arguments = (script, f"{command} --out {out}", (), False)
         process = PROCESSES.Process(target=script_process, args=arguments)
         process.start()
+        while process.is_alive() and not re.search("^ *recipe ", said("out.txt"), re.M):
+            process.join(0.01)
         process.join(moment)
         process.kill()
         process.join()
         killed = process.exitcode == -signal.SIGKILL
         assert killed or process.exitcode == 0
-    what = f"SIGKILL at {when}" if killed else f"it was done before {when}"
+    what = f"SIGKILL {when}" if killed else f"done before that, {when}"
     say(f"{script}.py resumed from epoch {before}, {what}; "
         f"{epochs_in(f'{out}.last')} epochs are saved")
     return killed
@@ -662,8 +669,8 @@ def main(kills):
     total = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for script, command, seconds in (
-            ("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 8),
-            ("train_idsnn", "--device cpu --init init.pt --epochs 24", 12),
+            ("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 3),
+            ("train_idsnn", "--device cpu --init init.pt --epochs 24", 6),
         ):
             say(f"$ python {script}.py {command} --out killed.pt   # and again after each kill")
             for i in range(kills // 2):
