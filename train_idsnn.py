@@ -35,6 +35,7 @@ from train_teacher import (
     learning_rate,
     load_checkpoint,
     load_data,
+    load_state,
     memory_format,
     number,
     parallel,
@@ -173,7 +174,7 @@ def load_teacher(args, init, data):
              f"or say --teacher {path}")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
     teacher = ResNet(**checkpoint["arch"])
-    teacher.load_state_dict(checkpoint["model"])
+    load_state(teacher, checkpoint["model"], path, "train it again, or say --no-kd")
     return teacher.eval().requires_grad_(False), path, digest
 
 
@@ -216,7 +217,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = SpikingResNet(**arch)
     if not args.no_init:
-        model.load_state_dict(init["model"])
+        load_state(model, init["model"], args.init, "run transfer_init.py again")
     model.to(device, dtype, memory_format=layout)
     firing = FiringRates(model)
     net = parallel(model, args, layout)

@@ -977,6 +977,15 @@ def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     return checkpoint
 
 
+def load_state(target, state, path, remedy):
+    """target.load_state_dict; ends where the state in `path` is of a network edited since."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:160]
+        fail(f"{path} does not fit the network as it is now ({why}): {remedy}")
+
+
 def make_checkpoint(stage, arch, model, args, identity, device, data=None, parents=None,
                     history=()):
     """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
@@ -1063,8 +1072,8 @@ def earlier_run(args, stage, identity):
     last = f"{args.out}.last"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if args.fresh and not restarted:
-        if rank() == 0:
-            Path(last).unlink(missing_ok=True)
+        if rank() == 0 and os.path.exists(last):
+            os.unlink(last)
         return None
     path = last if os.path.exists(last) else args.out
     if not os.path.exists(path) or (args.fresh and path == args.out):
@@ -1150,13 +1159,9 @@ class TrainingRun:
         if self.earlier is None:
             return self.history
         lr, state = optimizer.param_groups[0]["lr"], self.earlier["resume"]
-        try:
-            model.load_state_dict(self.earlier["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[:160]
-            fail(f"{self.args.out}.last does not fit the edited network ({why}): "
-                 "--fresh starts over")
+        remedy = "--fresh starts over"
+        load_state(model, self.earlier["model"], f"{self.args.out}.last", remedy)
+        load_state(optimizer, state["optimizer"], f"{self.args.out}.last", remedy)
         optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
         scaler.load_state_dict(state["scaler"])
         self.earlier = None

@@ -33,16 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.lif import (
-    check_dtype,
-    check_neuron,
-    choose_impl,
-    lif,
-    lif_reference,
-    refuse_forward_mode,
-    refuse_second_derivative,
-    triton,
-)
+from kernels.lif import check, lif, lif_reference, no_second_derivative, refuse_forward_mode, triton
 
 if triton is not None:
     import triton.language as tl
@@ -596,7 +587,7 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        refuse_second_derivative("bn_lif")
+        no_second_derivative("bn_lif")
     x, vectors, *saved = ctx.saved_tensors
     decay, _, lens = ctx.neuron
     bits = saved[0] if ctx.save else _bn_lif(  # traced without a gradient: computed anew
@@ -685,7 +676,6 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
     torch.func it is F.batch_norm, the add and `lif`. Second derivatives and forward mode are
     refused. Raises TypeError for a wrong dtype, ValueError for anything else that doesn't fit.
     """
-    check_dtype(x)
     if x.dim() == 4 and T is not None:
         x = x.unsqueeze(0)  # (B, C, H, W) -> (1, B, C, H, W)
     elif x.dim() == 5 and T in (None, x.shape[0]):
@@ -694,6 +684,7 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
     else:
         raise ValueError("x must be (T, B, C, H, W), or (B, C, H, W) with T given, not "
                          f"{tuple(x.shape)} with T = {T}")
+    neuron, impl = check(x, T, decay, v_th, lens, impl)
     shape, C = (T, *x.shape[1:]), x.shape[2]
     if T < 1:
         raise ValueError(f"T must be at least 1, not {T}")
@@ -712,7 +703,6 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
     if training and x.numel() * (1 if group is None else group.size()) < 2 * C:
         raise ValueError("batch statistics need more than one value a channel, x is "
                          f"{tuple(x.shape)}")
-    neuron, impl = check_neuron(decay, v_th, lens), choose_impl(x, T, impl)
     args = x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps, neuron
     if impl == "torch" or not detach_reset or torch._C._are_functorch_transforms_active():
         return _composed(*args, bool(detach_reset), group, impl)

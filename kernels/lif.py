@@ -23,6 +23,7 @@ fp32: the state is fp32 whatever the dtype of X, the operations come in one orde
 divided, no multiply-add is contracted. bn_lif.py puts a batch norm before the same neuron.
 """
 
+import math
 import os
 
 import torch
@@ -78,21 +79,21 @@ def plane_strides(x):
     return torch.empty_like(x[0], device="meta").stride()
 
 
-def planes_like(x, T, dtype=None):
-    """Empty (T, ...): dense planes, one after another, each in the memory order of x[0]."""
-    strides = x[0].numel(), *plane_strides(x)
-    return x.new_empty_strided((T, *x.shape[1:]), strides, dtype=dtype or x.dtype)
+def planes_like(x, T, strides, dtype=None):
+    """Empty (T, ...), planes of these strides one after another; shape and dtype else as x."""
+    shape = T, *x.shape[1:]
+    return x.new_empty_strided(shape, (math.prod(shape[1:]), *strides), dtype=dtype or x.dtype)
 
 
-def flat(x, like=None):
-    """x as flat (T, N) memory in the order of like[0] (of x[0]). T-stride N, or 0 if x is expanded.
+def flat(x, strides):
+    """x as flat (T, N) memory with planes of these strides. T-stride N, or 0 if x is expanded.
 
     A view where x lies so, else a copy.
     """
-    T, N, strides = x.shape[0], x[0].numel(), plane_strides(x if like is None else like)
+    T, N = x.shape[0], math.prod(x.shape[1:])
     dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
-        x = x.new_empty_strided(x.shape, (N, *strides)).copy_(x)
+        x = planes_like(x, T, strides).copy_(x)
     return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
 
 
@@ -307,8 +308,9 @@ def _step(x):
 def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, save: bool,
          impl: str) -> tuple[Tensor, Tensor]:
     """Spikes, and the bits, empty unless `save`; detach_reset concerns the derivative alone."""
-    spikes, bits = _lif_outputs(x, save)
-    X, F, B = flat(x), flat(spikes), flat(bits) if save else None
+    strides = plane_strides(x)
+    spikes, bits = _lif_outputs(x, save, strides)
+    X, F, B = flat(x, strides), flat(spikes, strides), flat(bits, strides) if save else None
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
     elif X.numel():
@@ -319,8 +321,9 @@ def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, 
 
 @torch.library.custom_op("idsnn::lif_backward", mutates_args=())
 def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str) -> Tensor:
-    dx = planes_like(bits, g.shape[0], g.dtype)
-    G, B, D = flat(g, bits), flat(bits), flat(dx)
+    strides = plane_strides(bits)
+    dx = planes_like(g, len(g), strides)
+    G, B, D = flat(g, strides), flat(bits, strides), flat(dx, strides)
     if impl == "torch":
         backward_torch(G, B, D, decay, lens)
     elif G.numel():
@@ -332,8 +335,9 @@ def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str)
 @torch.library.custom_op("idsnn::lif_backward_full", mutates_args=())
 def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: float,
                        impl: str) -> Tensor:
-    dx = planes_like(x, x.shape[0])
-    G, X, D = flat(g, dx), flat(x), flat(dx)
+    strides = plane_strides(x)
+    dx = planes_like(x, len(x), strides)
+    G, X, D = flat(g, strides), flat(x, strides), flat(dx, strides)
     if impl == "torch":
         backward_full_torch(G, X, D, decay, v_th, lens)
     elif G.numel():
@@ -342,25 +346,27 @@ def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: fl
     return dx
 
 
-def _lif_outputs(x, save):
+def _lif_outputs(x, save, strides):
     T = x.shape[0]
-    bits = planes_like(x, (T + 3) // 4, torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
-    return planes_like(x, T), bits
+    spikes = planes_like(x, T, strides)
+    if not save:
+        return spikes, x.new_empty(0, dtype=torch.uint8)
+    return spikes, planes_like(x, (T + 3) // 4, strides, torch.uint8)
 
 
 @_lif.register_fake
 def _(x, decay, v_th, lens, detach_reset, save, impl):
-    return _lif_outputs(x, save)
+    return _lif_outputs(x, save, plane_strides(x))
 
 
 @_lif_backward.register_fake
 def _(g, bits, decay, lens, impl):
-    return planes_like(bits, g.shape[0], g.dtype)
+    return planes_like(g, g.shape[0], plane_strides(bits))
 
 
 @_lif_backward_full.register_fake
 def _(g, x, decay, v_th, lens, impl):
-    return planes_like(x, x.shape[0])
+    return planes_like(x, x.shape[0], plane_strides(x))
 
 
 # ---------------------------------------------------------------------------- derivatives
@@ -380,14 +386,14 @@ def _gradient(g, saved, decay, v_th, lens, detach_reset, bits_saved, impl):
     return _lif_backward(g, saved, decay, lens, impl)
 
 
-def refuse_second_derivative(name):
+def no_second_derivative(name):
     raise RuntimeError(f"{name} has no second derivative: take its gradient without "
                        "create_graph=True")
 
 
 def _backward(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        refuse_second_derivative("lif")
+        no_second_derivative("lif")
     dx = _gradient(g, *ctx.saved_tensors, *ctx.neuron, ctx.bits_saved, ctx.impl)
     return dx, None, None, None, None, None, None
 
@@ -404,16 +410,17 @@ def refuse_forward_mode(op):
 
     ADInplaceOrView is the last dispatch key at which a tangent can still be seen.
     """
-    overload, functorch = op._opoverload, torch._C._functorch
+    overload, functorch, forward_ad = op._opoverload, torch._C._functorch, torch.autograd.forward_ad
 
     def has_tangent(arg):
         transform = functorch.peek_interpreter_stack()  # None outside of torch.func
         if transform is not None and transform.key() == functorch.TransformType.Jvp:
             return functorch.is_gradtrackingtensor(arg)
-        return torch.autograd.forward_ad.unpack_dual(arg).tangent is not None
+        return forward_ad.unpack_dual(arg).tangent is not None
 
     def kernel(keyset, *args):
-        if any(isinstance(arg, Tensor) and has_tangent(arg) for arg in args):
+        active = forward_ad._current_level >= 0
+        if active and any(isinstance(arg, Tensor) and has_tangent(arg) for arg in args):
             name = "bn_lif" if "bn_lif" in overload._opname else "lif"
             raise NotImplementedError(NO_FORWARD_MODE.format(name))
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -454,7 +461,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        refuse_second_derivative("lif")
+        no_second_derivative("lif")
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -507,8 +514,12 @@ def choose_impl(x, T, impl):
     return "triton"
 
 
-def check_neuron(decay, v_th, lens):
-    """The neuron's constants as floats; raises where one is out of range."""
+def check(x, T, decay, v_th, lens, impl):
+    """((decay, v_th, lens) as floats, "triton" or "torch"); raises where one is out of range."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
     for name, value in (("decay", decay), ("v_th", v_th), ("lens", lens)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise TypeError(f"{name} requires a gradient, but lif has none for its constants: "
@@ -516,18 +527,11 @@ def check_neuron(decay, v_th, lens):
     decay, v_th, lens = float(decay), float(v_th), float(lens)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in 0 to 1, not {decay}")
-    if not float("-inf") < v_th < float("inf"):
+    if not -math.inf < v_th < math.inf:
         raise ValueError(f"v_th must be finite, not {v_th}")
-    if not 0 < lens < float("inf"):
+    if not 0 < lens < math.inf:
         raise ValueError(f"lens must be positive and finite, not {lens}")
-    return decay, v_th, lens
-
-
-def check_dtype(x):
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    return (decay, v_th, lens), choose_impl(x, T, impl)
 
 
 def lif(x: Tensor, decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5,
@@ -551,10 +555,9 @@ def lif(x: Tensor, decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5,
     with a RuntimeError, forward mode with a NotImplementedError. Raises TypeError for a wrong dtype
     or a constant that requires a gradient, ValueError for anything else out of range.
     """
-    check_dtype(x)
-    if x.dim() == 0 or x.shape[0] == 0:
+    if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] == 0):
         raise ValueError(f"x must be (T, ...) with T >= 1, not {tuple(x.shape)}")
-    neuron, impl = check_neuron(decay, v_th, lens), choose_impl(x, x.shape[0], impl)
+    neuron, impl = check(x, len(x), decay, v_th, lens, impl)
     detach_reset = bool(detach_reset)
     if torch._C._are_functorch_transforms_active():
         return _Transformed.apply(x, *neuron, detach_reset, impl)

@@ -9,6 +9,7 @@ from train_teacher import DEPTHS
 from transfer_init import source_block
 
 WIDTH, HEIGHT = 960, 430  # pixels
+# dark enough for small text on the white card
 INK, FAINT, TEACHER, STUDENT = "#1f2328", "#8c959f", "#b35900", "#0b6bcb"
 SCRIPTS = (  # name, what it does, the file it writes
     ("train_teacher.py", "a ResNet with ReLU", "r34.pt"),
@@ -18,7 +19,10 @@ SCRIPTS = (  # name, what it does, the file it writes
 )
 
 
+# ---- what an SVG is made of: strings; x and y in pixels from the upper left corner
+
 def text(x, y, content, size=13, color=INK, weight="normal", mono=False):
+    # fonts that are there on every system: an image on a page loads none
     family = "ui-monospace, Menlo, Consolas, monospace" if mono else "Helvetica, Arial, sans-serif"
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" font-weight="{weight}" '
             f'font-family="{family}" text-anchor="middle">{content}</text>')
@@ -39,8 +43,11 @@ def arrow_head(name, color):
             f'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{color}"/></marker>')
 
 
+# ---- the two halves of the picture
+
 def pipeline():
     """The four scripts in a row, the files between them, and the teacher that stage 3 asks."""
+    # edge, distance and width of the boxes; their top and height
     left, step, w, y, h = 28, 247, 163, 62, 54
     for i, (script, what, file) in enumerate(SCRIPTS):
         x = left + i * step
@@ -50,7 +57,8 @@ def pipeline():
         if file:
             yield arrow(f"M{x + w} {y + h / 2} H{x + step}")
             yield text(x + (w + step) / 2, y + h / 2 - 8, file, 10.5, mono=True)
-    start, end = left + (w + step) / 2, left + 2 * step + w / 2  # r34.pt, train_idsnn.py
+    # from the file r34.pt to the script train_idsnn.py, above the row
+    start, end = left + (w + step) / 2, left + 2 * step + w / 2
     yield arrow(f"M{start} {y + 8} C{start} {y - 40} {end} {y - 40} {end} {y - 2}",
                 TEACHER, "teacher")
     told = "teaches: the softened class scores, eq. 6 to 8"
@@ -72,6 +80,7 @@ def blocks(depth, y, color, wide):
 
 def transfer(y=188, gap=104):
     """Figure 2b: which block of the teacher fills which of the student, in each stage."""
+    # the teacher has more blocks in every stage: its stages say how wide the columns are
     wide = [36 * count + 26 for count in DEPTHS[34][1]]
     sources, drawing = blocks(34, y, TEACHER, wide)
     targets, more = blocks(18, y + gap, STUDENT, wide)
@@ -83,6 +92,7 @@ def transfer(y=188, gap=104):
             yield arrow(f"M{row[k]} {y + 36} L{x} {y + gap - 3}", INK)
     # stem and classifier, left and right of the stages
     stem, end = 186, 214 + sum(wide) + 24
+    # the classifier has no arrow: it stays fresh
     for at, color in ((y, TEACHER), (y + gap, STUDENT)):
         yield box(stem - 24, at, 48, 34, color)
         yield text(stem, at + 22, "conv1", 12, color, mono=True)

@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before triton is imported."""
+"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before
+triton is imported."""
 import os
 
 import torch

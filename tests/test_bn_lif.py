@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels import BatchNorm2d, bn_lif
 from kernels.bn_lif import bn_lif_reference
@@ -392,13 +391,17 @@ def test_derivative_whoever_asks_for_it(impl):
     """torch.func, and a trace made without gradients; forward mode is refused."""
     *tensors, g = inputs(4, 2, 5, 4, 4, residual_layout="channels_last")
     expected = gradients(bn_lif(*tensors, impl=impl), tensors, g)
-    x, weight, bias, residual = tensors = [t.detach() for t in tensors]
+    tensors = [t.detach() for t in tensors]
 
     def f(*tensors):
         return bn_lif(*tensors, impl=impl)
 
     close(torch.func.vjp(f, *tensors)[1](g), expected, 1e-5)
-    traced = make_fx(f)(*tensors)
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return f(*tensors)
+
+    traced = torch.export.export(Module(), tuple(tensors)).module()
     tensors = [t.requires_grad_() for t in tensors]
     close(gradients(traced(*tensors), tensors, g), expected, 1e-5)
 
@@ -408,7 +411,7 @@ def test_derivative_whoever_asks_for_it(impl):
             torch.func.jvp(function, tensors, tensors)
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
-            f(torch.autograd.forward_ad.make_dual(x, x), *tensors[1:])
+            f(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
 
 
 @needs_triton

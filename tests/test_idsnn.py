@@ -16,7 +16,8 @@ from transfer_init import BatchNormLIF, SpikingResNet
 
 
 def test_distillation_by_hand():
-    # temperature 2, scores (2 ln 3, 0) against the teacher's (0, 0): q_s = (3/4, 1/4), q_t = (1/2, 1/2)
+    # temperature 2, scores (2 ln 3, 0) against the teacher's (0, 0):
+    # q_s = (3/4, 1/4), q_t = (1/2, 1/2)
     kl = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     scores, teacher = torch.tensor([[2 * math.log(3), 0.0]]), torch.zeros(1, 2)
     assert distillation(scores, teacher, 2.0).item() == pytest.approx(4 * kl)
@@ -64,9 +65,13 @@ def test_firing_rates_count_what_evaluation_sees():
     torch.manual_seed(0)
     net = SpikingResNet(width=2, num_classes=3, T=2)
     firing, seen = FiringRates(net), {}
-    for name, m in net.named_modules():
-        if isinstance(m, BatchNormLIF):
-            m.register_forward_hook(lambda m, i, spikes, name=name: seen.setdefault(name, []).append(spikes.clone()))
+    names = {m: name for name, m in net.named_modules() if isinstance(m, BatchNormLIF)}
+
+    def keep(m, inputs, spikes):
+        seen.setdefault(names[m], []).append(spikes.clone())
+
+    for m in names:
+        m.register_forward_hook(keep)
     net(torch.randn(4, 3, 8, 8))  # in training: not counted
     seen.clear()
     net.eval()
@@ -91,14 +96,16 @@ def stages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_folder(folder / "set", train=8, test=3, size=(8, 8))
-        train_teacher.main(["--dataset", "set", "--width", "2", "--depth", "18", "--epochs", "1", "--batch-size", "8", "--no-flip", "--device", "cpu"])
-        transfer_init.main(["--src", "r34.pt", "--T", "3", "--decay", "0.5"])
+        train_teacher.main("--dataset set --width 2 --depth 18 --epochs 1 --batch-size 8 --no-flip "
+                           "--device cpu".split())
+        transfer_init.main("--src r34.pt --T 3 --decay 0.5".split())
     return folder
 
 
 def train(*flags):
     """Stage 3 without a step that changes much: what it starts from shows in what it ends with."""
-    train_idsnn.main(["--device", "cpu", "--epochs", "1", "--lr", "1e-12", "--weight-decay", "0", "--batch-size", "8", "--out", "x.pt", "--fresh", *flags])
+    train_idsnn.main(["--device", "cpu", "--epochs", "1", "--lr", "1e-12", "--weight-decay", "0",
+                      "--batch-size", "8", "--out", "x.pt", "--fresh", *flags])
     return load_checkpoint("x.pt", "idsnn")
 
 
@@ -107,7 +114,8 @@ def test_stage_3_inherits_and_flags_override(stages, monkeypatch):
     made = train()
     assert made["config"]["dataset"] == "set" and made["config"]["crop_padding"] == 4
     assert (made["arch"]["T"], made["arch"]["decay"], made["arch"]["width"]) == (3, 0.5, 2)
-    assert made["provenance"]["parents"]["init"]["path"] == "snn_init.pt" and made["provenance"]["parents"]["teacher"]["path"] == "r34.pt"
+    parents = made["provenance"]["parents"]
+    assert (parents["init"]["path"], parents["teacher"]["path"]) == ("snn_init.pt", "r34.pt")
     made = train("--T", "2", "--v-th", "0.7")
     assert (made["arch"]["T"], made["arch"]["v_th"], made["arch"]["decay"]) == (2, 0.7, 0.5)
 
@@ -115,15 +123,14 @@ def test_stage_3_inherits_and_flags_override(stages, monkeypatch):
 def test_ablations(stages, monkeypatch):
     monkeypatch.chdir(stages)
     init = load_checkpoint("snn_init.pt")["model"]["layer2.0.conv1.weight"]
-    close = lambda made: torch.allclose(made["model"]["layer2.0.conv1.weight"], init, atol=1e-6)
-    full, no_init, no_kd, baseline = train(), train("--no-init"), train("--no-kd"), train("--no-init", "--no-kd")
-    assert close(full) and close(no_kd) and not close(no_init) and not close(baseline)
-    last = lambda made: made["metrics"]["history"][-1]
-    for made in (full, no_init):
-        assert last(made)["kd"] > 0 and last(made)["loss"] == pytest.approx(last(made)["ce"] + 0.3 * last(made)["kd"], rel=1e-5)
-    for made in (no_kd, baseline):
-        assert last(made)["kd"] == 0 and last(made)["loss"] == pytest.approx(last(made)["ce"], rel=1e-5)
-        assert "teacher" not in made["provenance"]["parents"]
+    for flags in ("", "--no-init", "--no-kd", "--no-init --no-kd"):
+        made = train(*flags.split())
+        row = made["metrics"]["history"][-1]
+        started = torch.allclose(made["model"]["layer2.0.conv1.weight"], init, atol=1e-6)
+        assert started == ("--no-init" not in flags)
+        assert row["loss"] == pytest.approx(row["ce"] + 0.3 * row["kd"], rel=1e-5)
+        assert (row["kd"] > 0) == ("--no-kd" not in flags)
+        assert ("teacher" in made["provenance"]["parents"]) == ("--no-kd" not in flags)
 
 
 def test_log_and_history_are_the_same(stages, monkeypatch):
@@ -133,13 +140,15 @@ def test_log_and_history_are_the_same(stages, monkeypatch):
     assert lines[1:] == made["metrics"]["history"] and [row["epoch"] for row in lines[1:]] == [1, 2]
     best = max(row["test_acc"] for row in lines[1:])
     assert lines[made["metrics"]["best_epoch"]]["test_acc"] == best
-    assert set(lines[1]["rates"]) == {name for name, m in SpikingResNet(width=2).named_modules() if isinstance(m, BatchNormLIF)}
+    layers = {k for k, m in SpikingResNet(width=2).named_modules() if isinstance(m, BatchNormLIF)}
+    assert set(lines[1]["rates"]) == layers
 
 
 def test_a_half_precision_run_keeps_fp32_weights(stages, monkeypatch):
     monkeypatch.chdir(stages)
     start = load_checkpoint("snn_init.pt")["model"]
-    train_idsnn.main(["--device", "cpu", "--epochs", "1", "--batch-size", "8", "--precision", "bf16", "--out", "half.pt"])
+    train_idsnn.main("--device cpu --epochs 1 --batch-size 8 --precision bf16 "
+                     "--out half.pt".split())
     made = load_checkpoint("half.pt")
     assert all(v.dtype == torch.float32 for k, v in made["model"].items() if "num_batches" not in k)
     assert not torch.equal(made["model"]["layer3.0.conv1.weight"], start["layer3.0.conv1.weight"])
@@ -182,23 +191,24 @@ def test_the_answer_is_the_mean_over_time_in_the_weights_precision(stages, monke
 
 @pytest.fixture
 def renamed(tmp_path, monkeypatch):
-    """A teacher and an initialised student of classes cat, dog, owl, and the same images with another order of the names."""
+    """Teacher and student of cat, dog, owl; the same images with another order of the names."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "set", size=(8, 8))
-    train_teacher.main("--dataset set --width 2 --depth 18 --epochs 1 --batch-size 4 --device cpu".split())
+    train_teacher.main("--dataset set --width 2 --depth 18 --epochs 1 --batch-size 4 "
+                       "--device cpu".split())
     transfer_init.main("--src r34.pt --T 2".split())
     for split in ("train", "test"):
         (tmp_path / "set" / split / "cat").rename(tmp_path / "set" / split / "yak")
 
 
-@pytest.mark.parametrize("command", [
-    lambda: train_idsnn.main("--epochs 1 --batch-size 4 --device cpu".split()),
-    lambda: train_idsnn.main("--epochs 1 --batch-size 4 --device cpu --no-kd".split()),
-    lambda: transfer_init.main("--src r34.pt --dataset set --classifier transfer --out other.pt".split()),
-    lambda: importlib.import_module("eval").main("r34.pt --device cpu".split())])
-def test_labels_that_mean_something_else_are_refused(renamed, capsys, command):
+@pytest.mark.parametrize("script,flags", [
+    ("train_idsnn", "--epochs 1 --batch-size 4 --device cpu"),
+    ("train_idsnn", "--epochs 1 --batch-size 4 --device cpu --no-kd"),
+    ("transfer_init", "--src r34.pt --dataset set --classifier transfer --out other.pt"),
+    ("eval", "r34.pt --device cpu")])
+def test_labels_that_mean_something_else_are_refused(renamed, capsys, script, flags):
     with pytest.raises(SystemExit) as end:
-        command()
-    assert end.value.code == 2
+        importlib.import_module(script).main(flags.split())
     error = capsys.readouterr().err
-    assert "knows class 0 as 'cat', the data set as 'dog'" in error and error.count("\n") == 1
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert "knows class 0 as 'cat', the data set as 'dog'" in error

@@ -1,4 +1,5 @@
-"""The LIF neuron: every path against the specification, the specification against numbers worked out by hand."""
+"""The LIF neuron: every path against the specification, the specification against numbers worked
+out by hand."""
 
 import importlib
 import math
@@ -18,7 +19,8 @@ lif, lif_reference = K.lif, K.lif_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ODD = dict(decay=math.exp(-1 / 1.3), v_th=0.3, lens=0.37)  # none of them exact in fp32
-IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(K.triton is None, reason="no triton"))]
+needs_triton = pytest.mark.skipif(K.triton is None, reason="triton is not installed")
+IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 @pytest.fixture
@@ -41,11 +43,12 @@ def poison(monkeypatch):
 
 
 def current(*shape, dtype=torch.float32, seed=0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.7).to(DEVICE, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 0.7).to(DEVICE, dtype)
 
 
 def check(x, impl, detach_reset=True, g=None, **constants):
-    """Spikes and gradients equal the specification's bit for bit; same dtype. Returns the spikes."""
+    """Spikes and gradients equal the specification's bit for bit; same dtype. Gives the spikes."""
     g = current(*x.shape, dtype=x.dtype, seed=1) if g is None else g
     x = x.detach()  # a view's strides stay
 
@@ -57,8 +60,10 @@ def check(x, impl, detach_reset=True, g=None, **constants):
     spikes, dx = run(lambda x: lif(x, **constants, detach_reset=detach_reset, impl=impl), x)
     # bf16 and fp16 values are exact in fp32, and so is the state: only dX is rounded, once
     wide = torch.promote_types(x.dtype, torch.float32)
-    ref, dref = run(lambda x: lif_reference(x, **constants, detach_reset=detach_reset), x.detach().to(wide))
-    if K.INTERPRET and impl == "triton" and x.dtype == torch.bfloat16:  # Triton's interpreter truncates; GPUs round
+    ref, dref = run(lambda x: lif_reference(x, **constants, detach_reset=detach_reset),
+                    x.detach().to(wide))
+    if K.INTERPRET and impl == "triton" and x.dtype == torch.bfloat16:
+        # Triton's interpreter truncates; GPUs round
         dref = (dref.view(torch.int32) & ~0xFFFF).view(torch.float32)
     assert spikes.dtype == dx.dtype == x.dtype
     assert torch.equal(spikes.to(wide), ref)
@@ -68,7 +73,7 @@ def check(x, impl, detach_reset=True, g=None, **constants):
     return spikes
 
 
-# ------------------------------------------------------------------------------------------ the specification itself
+# -------------------------------------------------------------------- the specification itself
 
 # decay 0.5, v_th 0.5, lens 0.5, so the surrogate is 1 where 0 < U < 1:
 #   t   X      U      F  w
@@ -84,7 +89,8 @@ TRACE_F = [1, 0, 0, 1, 1, 0, 0]
 TRACE_G = [1, 2, 4, 8, 16, 32, 64]
 # detached:  64; 0 + 64/2; 16 + 0; 8 + 0; 4 + 8/2; 2 + 8/2; 0 + 0
 TRACE_DX = [0, 6, 8, 8, 16, 32, 64]
-# plain:     64; 32; 16 - 32*0.875/2; 8 - 2*0.75/2; 4 - 7.25*0.5/2 + 7.25/2; 2 - 5.8125*0.25/2 + 5.8125/2; 0
+# plain:     64; 32; 16 - 32*0.875/2; 8 - 2*0.75/2; 4 - 7.25*0.5/2 + 7.25/2;
+#            2 - 5.8125*0.25/2 + 5.8125/2; 0
 TRACE_DX_PLAIN = [0, 4.1796875, 5.8125, 7.25, 2, 32, 64]
 
 
@@ -103,7 +109,7 @@ def test_hand_derived_trace(neuron, dtype, detach_reset, dx, device):
 def test_reference_gradient_against_forward_mode_jacobian(detach_reset):
     """dU[t]/dX[s], carried forward in numpy: another derivation than the backward recursion."""
     decay, v_th, lens, T, N = *ODD.values(), 7, 200
-    x, g = current(T, N, dtype=torch.float64).cpu(), current(T, N, dtype=torch.float64, seed=1).cpu()
+    x, g = (current(T, N, dtype=torch.float64, seed=seed).cpu() for seed in (0, 1))
     u, f, df = np.zeros(N), np.zeros(N), np.zeros(N)
     jacobian, expect = np.zeros((T, N)), np.zeros((T, N))
     for t in range(T):
@@ -118,28 +124,30 @@ def test_reference_gradient_against_forward_mode_jacobian(detach_reset):
     np.testing.assert_allclose(dx.numpy(), expect, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------ paths against it
+# ---------------------------------------------------------------------------- paths against it
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("detach_reset", [True, False])
 def test_every_T(impl, detach_reset):
-    for T in range(1, 33) if detach_reset else (*range(1, 10), 12, 15, 16, 17, 31, 32):
+    for T in (*range(1, 10), 16, 17, 31, 32):
         check(current(T, 37, seed=T), impl, detach_reset, **ODD)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("detach_reset", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N", [1, 15, 16, 512, 2048 + 16, 2048 + 13])
+@pytest.mark.parametrize("N", [1, 16, 2048 + 13])
 def test_dtypes_and_blocks(impl, detach_reset, dtype, N):
-    check(current(4, N, dtype=dtype), impl, detach_reset)
-    check(current(6, N, dtype=dtype), impl, detach_reset, **ODD)
+    check(current(4 if N == 16 else 6, N, dtype=dtype), impl, detach_reset, **ODD)
+    if N == 16:
+        check(current(4, N, dtype=dtype), impl, detach_reset)  # the defaults
 
 
 @pytest.mark.parametrize("detach_reset", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
 def test_pytorch_path_in_chunks(detach_reset, dtype):
-    check(current(5, 3 * 2**17 * torch.get_num_threads() + 5, dtype=dtype), "torch", detach_reset, **ODD)
+    N = 2 * 2**17 * torch.get_num_threads() + 5
+    check(current(5, N, dtype=dtype), "torch", detach_reset, **ODD)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in Triton's interpreter
@@ -165,7 +173,8 @@ LAYOUTS = {
     "channels-last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
     "transposed dense": lambda x: x.permute(0, 3, 1, 4, 2).contiguous().permute(0, 2, 4, 1, 3),
     "expanded over T": lambda x: x[:1].expand_as(x),
-    "expanded over T, channels-last": lambda x: LAYOUTS["channels-last"](x[:1].contiguous()).expand_as(x),
+    "expanded over T, channels-last":
+        lambda x: LAYOUTS["channels-last"](x[:1].contiguous()).expand_as(x),
 }
 COPIED = {
     "T inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -173,7 +182,7 @@ COPIED = {
     "every second step": lambda x: x.repeat_interleave(2, 0)[::2],
     "every second column": lambda x: x.repeat_interleave(2, 4)[..., ::2],
     "expanded inside": lambda x: x[:, :, :1].expand_as(x),
-    "backwards in storage": lambda x: x.flatten()[1:].as_strided((3, 2, 3, 4, 5), (60, 60, 20, 5, 1)),  # overlaps
+    "overlapping": lambda x: x.flatten()[1:].as_strided((3, 2, 3, 4, 5), (60, 60, 20, 5, 1)),
 }
 
 
@@ -183,8 +192,8 @@ COPIED = {
 def test_layouts(impl, detach_reset, layout):
     x = (LAYOUTS | COPIED)[layout](current(4, 2, 3, 4, 5))
     if layout in LAYOUTS:
-        assert K.flat(x).data_ptr() == x.data_ptr()  # no copy
-    for g_layout in ("contiguous", "channels-last", "expanded over T", "T innermost", "expanded inside"):
+        assert K.flat(x, K.plane_strides(x)).data_ptr() == x.data_ptr()  # no copy
+    for g_layout in ("channels-last", "expanded over T", "expanded inside"):
         g = (LAYOUTS | COPIED)[g_layout](current(*x.shape, seed=2))
         spikes = check(x, impl, detach_reset, g=g, **ODD)
     if layout in LAYOUTS:
@@ -196,7 +205,8 @@ def test_layouts(impl, detach_reset, layout):
 def test_gradient_of_an_expanded_input_is_the_sum_over_T(impl, detach_reset):
     base = current(1, 3, 40).requires_grad_()
     g = current(5, 3, 40, seed=1)
-    got, = torch.autograd.grad(lif(base.expand(5, -1, -1), impl=impl, detach_reset=detach_reset), base, g)
+    spikes = lif(base.expand(5, -1, -1), impl=impl, detach_reset=detach_reset)
+    got, = torch.autograd.grad(spikes, base, g)
     steps = base.detach().repeat(5, 1, 1).requires_grad_()
     expect, = torch.autograd.grad(lif_reference(steps, detach_reset=detach_reset), steps, g)
     torch.testing.assert_close(got, expect.sum(0, keepdim=True))
@@ -205,14 +215,16 @@ def test_gradient_of_an_expanded_input_is_the_sum_over_T(impl, detach_reset):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_random_shapes_strides_dtypes_and_constants(impl):
     rng = random.Random(0)
-    for case in range(40):
+    for case in range(40 if impl == "torch" else 20):
         T, inner = rng.randint(1, 12), [rng.randint(1, 6) for _ in range(rng.randint(0, 4))]
         dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
         x = current(T, *inner, dtype=dtype, seed=case)
         g = current(T, *inner, dtype=dtype, seed=case + 1000)
-        for _ in range(rng.randint(0, 2)):  # x and g in other memory orders, sometimes with gaps, or one plane for all T
+        # x and g in other memory orders, sometimes with gaps, or one plane for all T
+        for _ in range(rng.randint(0, 2)):
             x, g = scramble(x, rng), scramble(g, rng)
-        check(x, impl, rng.random() < 0.5, g=g, decay=rng.random(), v_th=rng.uniform(-0.2, 1), lens=rng.uniform(0.05, 1))
+        check(x, impl, rng.random() < 0.5, g=g, decay=rng.random(), v_th=rng.uniform(-0.2, 1),
+              lens=rng.uniform(0.05, 1))
 
 
 def scramble(x, rng):
@@ -235,11 +247,12 @@ def test_no_neurons(impl):
         assert spikes.shape == x.grad.shape == shape
 
 
-# ------------------------------------------------------------------------------------------ autograd, compile, autocast
+# -------------------------------------------------------------------- autograd, compile, autocast
 
 def saved_bytes(x, **kwargs):
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
         lif(x, **kwargs)
     return sum(sizes)
 
@@ -261,7 +274,8 @@ def test_saved_bytes(impl, T):
 def test_double_backward_is_refused(impl, detach_reset):
     x = current(4, 10).requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(lif(x, impl=impl, detach_reset=detach_reset).sum(), x, create_graph=True)
+        spikes = lif(x, impl=impl, detach_reset=detach_reset)
+        torch.autograd.grad(spikes.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -292,7 +306,8 @@ def test_compile_fullgraph(impl, detach_reset):
         for decay in (0.25, 0.4):
             got, expect = compiled(x, decay), f(x, decay)
             assert torch.equal(got, expect) and got.stride() == expect.stride()
-            assert torch.equal(torch.autograd.grad(got, x, g)[0], torch.autograd.grad(expect, x, g)[0])
+            dx, expect_dx = (torch.autograd.grad(spikes, x, g)[0] for spikes in (got, expect))
+            assert torch.equal(dx, expect_dx)
         with torch.no_grad():
             assert torch.equal(compiled(x, 0.25), f(x, 0.25))
 
@@ -308,7 +323,8 @@ def test_autocast(impl):
     assert layer.weight.grad.abs().sum() > 0
 
 
-# X, and the gradient of the spikes' sum by hand: dX[t] = w[t] + dX[t+1] * decay * (1 - F[t]), w = 1, 1, 1, F = 1, 0, 0
+# X, and the gradient of the spikes' sum by hand: dX[t] = w[t] + dX[t+1] * decay * (1 - F[t]) with
+# w = 1, 1, 1 and F = 1, 0, 0
 LATER_X = [[0.75], [0.4], [0.4]]
 LATER_DX = [[1.0], [1.25], [1.0]]
 BATCH = dict(in_dims=1, out_dims=1)
@@ -361,7 +377,8 @@ def test_torch_func(impl):
     assert func.grad(loss)(x).tolist() == LATER_DX
     assert func.vjp(lambda x: lif(x, impl=impl), x)[1](torch.ones_like(x))[0].tolist() == LATER_DX
     assert func.vmap(func.grad(loss), **BATCH)(x).tolist() == LATER_DX
-    assert func.grad(lambda x: func.vmap(lambda x: lif(x, impl=impl), **BATCH)(x).sum())(x).tolist() == LATER_DX
+    mapped = func.vmap(lambda x: lif(x, impl=impl), **BATCH)
+    assert func.grad(lambda x: mapped(x).sum())(x).tolist() == LATER_DX
     jacobian = func.jacrev(lambda x: lif(x, impl=impl))(x)[:, 0, :, 0]
     assert jacobian.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0.25, 1]]
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -391,8 +408,9 @@ def test_forward_mode_is_refused(impl, detach_reset):
             torch.func.jvp(g, (x,), (x,))
         with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
             torch.func.jacfwd(g)(x)
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use torch.func.vjp"):
-            g(forward_ad.make_dual(x, x))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+                g(forward_ad.make_dual(x, x))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
         f(forward_ad.make_dual(x.requires_grad_(), x))
 
@@ -408,18 +426,22 @@ def test_constants_that_want_a_gradient_are_refused(name):
 def test_default_picks_the_path_of_the_device(device):
     x = current(3, 50)
     assert torch.equal(lif(x), lif_reference(x))
-    assert torch.equal(lif(x.double()), lif_reference(x.double()))  # float64 and long runs: PyTorch on every device
+    # float64 and long runs: PyTorch on every device
+    assert torch.equal(lif(x.double()), lif_reference(x.double()))
     assert torch.equal(lif(x.repeat(20, 1)), lif_reference(x.repeat(20, 1)))
 
 
-# ------------------------------------------------------------------------------------------ mistakes
+# ---------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("kwargs, error, words", [
-    (dict(lens=0), ValueError, "lens"), (dict(lens=-1), ValueError, "lens"), (dict(lens=math.inf), ValueError, "lens"),
+    (dict(lens=0), ValueError, "lens"), (dict(lens=-1), ValueError, "lens"),
+    (dict(lens=math.inf), ValueError, "lens"),
     (dict(decay=1.5), ValueError, "decay"), (dict(decay=math.nan), ValueError, "decay"),
     (dict(v_th=math.nan), ValueError, "v_th"), (dict(impl="cuda"), ValueError, "impl"),
-    (dict(x=torch.zeros(())), ValueError, r"\(T, \.\.\.\)"), (dict(x=torch.zeros(0, 3)), ValueError, "T >= 1"),
-    (dict(x=torch.zeros(4, 3, dtype=torch.int32)), TypeError, "int32"), (dict(x=[[1.0]]), TypeError, "tensor"),
+    (dict(x=torch.zeros(())), ValueError, r"\(T, \.\.\.\)"),
+    (dict(x=torch.zeros(0, 3)), ValueError, "T >= 1"),
+    (dict(x=torch.zeros(4, 3, dtype=torch.int32)), TypeError, "int32"),
+    (dict(x=[[1.0]]), TypeError, "tensor"),
     (dict(x=torch.zeros(4, 3, dtype=torch.complex64)), TypeError, "complex64"),
 ])
 def test_errors(kwargs, error, words):
@@ -439,7 +461,7 @@ def test_errors_of_forced_triton(monkeypatch, device):
 
 
 def test_without_triton():
-    """As on macOS and Windows: the import works, PyTorch computes, forcing Triton says what is missing."""
+    """As on macOS and Windows: the import works, PyTorch computes, forcing Triton says why not."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -447,6 +469,7 @@ import torch, kernels
 x = torch.ones(4, 3, requires_grad=True)
 kernels.lif(x).sum().backward()
 assert x.grad.shape == x.shape
+kernels.bn_lif(torch.randn(4, 2, 3, 5, 5), x[0], x[0]).sum().backward()
 try:
     kernels.lif(x, impl="triton")
 except ValueError as e:
@@ -456,5 +479,6 @@ else:
 """
     root = Path(__file__).resolve().parent.parent
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True,
+                         text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,6 +1,9 @@
-"""Nothing lost: kills, signals, dying workers, full disks, edited sources, divergence. `python tests/test_restart.py 20` kills 20 times."""
+"""Nothing lost: kills, signals, dying workers, full disks, edited sources, divergence.
+
+`python tests/test_restart.py 20` kills both training stages 20 times and compares the weights.
+"""
 import contextlib
-import gc
+import errno
 import hashlib
 import os
 import platform
@@ -13,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,451 +24,673 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for `python tests/test_restart.py`
 
+from test_distributed import PROCESSES, run_processes  # noqa: E402
+from test_teacher import make_folder  # noqa: E402
+
 import train_idsnn  # noqa: E402
 import train_teacher  # noqa: E402
 import transfer_init  # noqa: E402
-from test_teacher import make_folder  # noqa: E402
 from train_teacher import load_checkpoint  # noqa: E402
 
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-DRIVER = '''
-"""python driver.py SCRIPT MOMENT ARGUMENT...: run the script's main(), saving after every epoch; SIGKILL itself at MOMENT.
+if os.name != "posix":
+    pytest.skip("signals and limits of POSIX", allow_module_level=True)
 
-MOMENT: "never", or NAME:COUNT@RANK, of the first attempt: the COUNT-th "fsync" (the new file is half done), "replace" (not yet in
-place), "replaced" (in place) or optimizer "step" of that process."""
-import glob, importlib, os, shutil, signal, sys
-import torch
-import train_teacher
+# 96 images: two steps an epoch
+TEACHER = "--device cpu --dataset set --width 1 --depth 18 --batch-size 48"
+STUDENT = "--device cpu --batch-size 48"
+FLAGS = dict(train_teacher=TEACHER, train_idsnn=STUDENT)
+MAIN = dict(train_teacher=train_teacher.main, transfer_init=transfer_init.main,
+            train_idsnn=train_idsnn.main)
 
-script, moment, *argv = sys.argv[1:]
-sys.argv = [f"{script}.py", *argv]
-train_teacher.SAVE_EVERY = 0
 
-def die():
-    for last in glob.glob("*.last") if moment.startswith("step") else []:
-        shutil.copy(last, f"saved-{last}")
-    os.kill(os.getpid(), signal.SIGKILL)
+# ------------------------------------------------------------------- a process, and what befalls it
+MOMENTS = {  # name: the call, and whether it has been done by then
+    "optimizer": (torch.optim.SGD, "__init__", True),           # before the first epoch
+    "step": (torch.optim.SGD, "step", True),
+    "serialise": (torch, "save", False),                        # an epoch is done, and not kept yet
+    "fsync": (os, "fsync", False),                              # the new file is half done
+    "replace": (os, "replace", False),                          # the new file is not in place yet
+    "replaced": (os, "replace", True),                          # it is
+    "printed": (train_teacher.TrainingRun, "end_epoch", True),  # an epoch's row is on the screen
+}
 
-def dying(function, count, after):
-    calls = 0
+
+def act(what):
+    """Befall this process: a signal, or a disk without room for a checkpoint."""
+    if what == "full disk":
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        return
+    for last in Path(".").glob("*.last"):  # as the signal found it
+        shutil.copy(last, f"found-{last}")
+    os.kill(os.getpid(), getattr(signal, what))
+
+
+def plan(what, moment, count):
+    """Let `what` happen at the count-th call of MOMENTS[moment]."""
+    where, name, done = MOMENTS[moment]
+    function, calls = getattr(where, name), 0
+
     def wrapper(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == count and not after:
-            die()
+        if calls == count and not done:
+            act(what)
         result = function(*args, **kwargs)
-        if calls == count:
-            die()
+        if calls == count and done:
+            act(what)
         return result
-    return wrapper
 
-if moment != "never":
-    name, count, rank = moment.replace("@", ":").split(":")
-    where, attribute = dict(fsync=(os, "fsync"), replace=(os, "replace"), replaced=(os, "replace"), step=(torch.optim.SGD, "step"))[name]
-    if int(rank) == int(os.environ.get("RANK", 0)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        setattr(where, attribute, dying(getattr(where, attribute), int(count), name == "replaced"))
-module = importlib.import_module(script)
-module.run(module.main)
-'''
+    setattr(where, name, wrapper)
 
 
-def start(folder, script, flags, moment="never", launcher=()):
-    (folder / "driver.py").write_text(DRIVER)
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, *launcher, "driver.py", script, moment, *flags.split()], cwd=folder, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def slow_disk():
+    """So slow that after the first epoch the budget for writing is spent."""
+    fsync = os.fsync
+
+    def slow(file):
+        time.sleep(0.2)
+        fsync(file)
+
+    os.fsync = slow
 
 
-def read_until(process, pattern):
-    """Follow the output to a line that matches, or to its end; returns the line or ""."""
-    return next((line for line in process.stdout if re.search(pattern, line)), "")
+def script_process(script, command, events, slow=True):
+    """`python SCRIPT.py COMMAND` in this process, with its `events`; output to out.txt, err.txt."""
+    for stream, path in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *command.split()]
+    if slow:
+        slow_disk()
+    for event in events:
+        plan(*event)
+    train_teacher.run_script(MAIN[script])
 
 
-def finish(process):
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return out
+def run(script, command, *events, slow=True):
+    """Run a script as a process of its own; returns its exit code, stdout and stderr."""
+    process = PROCESSES.Process(target=script_process, args=(script, command, events, slow))
+    process.start()
+    process.join(300)
+    return SimpleNamespace(
+        code=process.exitcode, out=Path("out.txt").read_text(), error=Path("err.txt").read_text())
 
 
-def weights(path):
-    return load_checkpoint(str(path))["model"]
+# --------------------------------------------------------------------------- what a run left behind
+def epochs_in(path):
+    """How many epochs a checkpoint holds, read with its checksums; 0 where there is none."""
+    return len(load_checkpoint(path)["metrics"]["history"]) if os.path.exists(path) else 0
+
+
+def history(path):
+    """An epoch's figures but for those that a clock gave."""
+    rows = load_checkpoint(path)["metrics"]["history"]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
 
 
 def sha256(path):
     digest = hashlib.sha256()
-    for name, tensor in weights(path).items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, tensor in load_checkpoint(path)["model"].items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def epochs_saved(path):
-    return len(load_checkpoint(str(path))["metrics"]["history"]) if path.exists() else 0
+def assert_same_result(path, calm):
+    """Bit for bit: weights, each epoch's loss, accuracy and learning rate; nothing else is left."""
+    assert sha256(path) == sha256(calm)
+    assert history(path) == history(calm)
+    assert all(type(row["lr"]) is float for row in history(path))
+    assert sorted(p.name for p in Path(".").glob(f"{path}*")) == [path, f"{path}.jsonl"]
+    rows = Path(f"{path}.jsonl").read_text().splitlines()
+    assert len(rows) == 1 + len(history(path))  # the header; no epoch twice
 
 
-def kill(folder, script, flags, out, moment, say):
-    """Run the command, SIGKILL it: at a moment of saving, or `moment` seconds after training began. False: it was done before."""
-    before = epochs_saved(folder / f"{out}.last")
-    by_itself = isinstance(moment, str)
-    process = start(folder, script, f"{flags} --out {out}", moment if by_itself else "never")
-    if not by_itself and read_until(process, "recipe"):
-        time.sleep(moment)
-        process.kill()
-    _, error = process.communicate(timeout=300)
-    killed = process.returncode == -signal.SIGKILL
-    assert killed or (process.returncode == 0 and not by_itself), error
-    after = epochs_saved(folder / f"{out}.last")  # reads it, checksums and all
-    when = moment.replace(":", " number ").replace("@0", "") if by_itself else f"{moment:5.2f} s after training began"
-    what = f"SIGKILL at {when}" if killed else f"finished before {when}"
-    say(f"{script}.py resumed from epoch {before}, {what}; {after} epochs are saved")
-    return killed
-
-
-def kill_and_compare(folder, script, flags, moments, say=lambda line: None):
-    """Kill a run at every one of `moments` and let it end; its weights must be those of an undisturbed run."""
-    killed = sum([kill(folder, script, flags, "killed.pt", moment, say) for moment in moments])
-    last = epochs_saved(folder / "killed.pt.last")
-    output = finish(start(folder, script, f"{flags} --out killed.pt"))
-    say(f"{script}.py was finished" if "is finished" in output else f"{script}.py resumed from epoch {last} and ended")
-    with contextlib.redirect_stdout(None):
-        MAIN[script](f"{flags} --out calm.pt".split())
-    calm, disturbed = sha256(folder / "calm.pt"), sha256(folder / "killed.pt")
-    say(f"{script}.py undisturbed: weights {calm}")
-    say(f"{script}.py killed {killed} times: weights {disturbed}")
-    assert calm == disturbed
-    assert f"resumed  killed.pt.last, after epoch {last}" in output or not last
-    leftovers = sorted(p.name for p in folder.glob("killed.pt*"))
-    assert leftovers == ["killed.pt", "killed.pt.jsonl"], leftovers
-    rows = (folder / "killed.pt.jsonl").read_text().splitlines()
-    assert len(rows) == 1 + len(load_checkpoint(str(folder / "killed.pt"))["metrics"]["history"])  # the header; no epoch twice
-    return killed
+# ----------------------------------------------------------------------------------------- fixtures
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_folder(folder / "set", train=32, test=4, size=(8, 8))
+        train_teacher.main(f"{TEACHER} --epochs 1".split())
+        transfer_init.main("--src r34.pt --T 2".split())
+    return folder
 
 
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
     """An image set, a teacher and what stage 2 made of it, in a folder of its own."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    train_teacher.load_data("set", "data")  # into the cache, whose key holds the path
+    train_teacher.load_data("set", "data")  # into the cache, which knows files by their place
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    before, folder = os.getcwd(), tmp_path_factory.mktemp("made")
-    os.chdir(folder)
-    make_folder(folder / "set", train=32, test=4, size=(8, 8))
-    train_teacher.main(f"{TEACHER} --epochs 1".split())
-    transfer_init.main(["--src", "r34.pt", "--T", "2"])
-    os.chdir(before)
-    return folder
+@pytest.fixture
+def call(folder, monkeypatch, capsys):
+    """call(script, command): run it in this process; returns its exit code, stdout and stderr."""
+    def call(script, command):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
+        capsys.readouterr()
+        code = 0
+        try:
+            MAIN[script]()
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, error=printed.err)
+    return call
 
 
-TEACHER = "--device cpu --dataset set --width 1 --depth 18 --batch-size 48"
-STUDENT = "--device cpu --batch-size 48"
-MAIN = {"train_teacher": train_teacher.main, "train_idsnn": train_idsnn.main}
-FLAGS = {"train_teacher": TEACHER, "train_idsnn": STUDENT}
+class Crash(Exception):
+    """A bug of the user's own, say."""
 
 
-# ------------------------------------------------------------------------------------------------------ kills
-@posix
-@pytest.mark.parametrize("script,moments", [
-    ("train_teacher", ["fsync:2@0", 0.3 * random.random(), "replace:1@0"]),
-    ("train_idsnn", [0.5 * random.random(), "replaced:2@0"]),
-    ("train_idsnn --ema 0.2 --aug strong", [0.5 * random.random(), "replaced:3@0"]),
-])
-def test_a_killed_run_goes_on_to_the_same_weights(folder, script, moments):
-    script, *flags = script.split()
-    assert kill_and_compare(folder, script, " ".join([FLAGS[script], "--epochs 12", *flags]), moments, print) >= len(moments) - 1
+@pytest.fixture
+def crash(call, monkeypatch):
+    """crash(script, command, epochs=1): a run that ends after so many epochs; <out>.last stands."""
+    def crash(script, command, epochs=1):
+        end_epoch, done = train_teacher.TrainingRun.end_epoch, []
+
+        def wrapper(*args):
+            end_epoch(*args)
+            done.append(args)
+            if len(done) == epochs:
+                raise Crash
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_teacher.TrainingRun, "end_epoch", wrapper)
+            with pytest.raises(Crash):
+                call(script, command)
+        done.clear()
+    return crash
 
 
-@posix
-def test_killed_between_the_result_and_the_end(folder, monkeypatch):
+def assert_refused(result, *words, code=2):
+    """One line that holds `words`, and nothing on stdout."""
+    assert result.code == code, result
+    assert result.error.count("\n") == 1 and ": error: " in result.error, result.error
+    for word in words:
+        assert str(word) in result.error, result.error
+
+
+# -------------------------------------------------------------------------------------------- kills
+@pytest.mark.parametrize("script,flags", [
+    ("train_teacher", "--schedule linear --nesterov"),
+    ("train_idsnn", "--schedule cosine --per-step")])
+def test_a_killed_run_goes_on_to_the_same_weights(call, script, flags):
+    command = f"{FLAGS[script]} {flags} --epochs 6 --out"
+    # a process writes its first epoch at once; two steps an epoch
+    kills = [(("fsync", 1), 0), (("replaced", 1), 1), (("replace", 1), 1), (("step", 5), 2)]
+    for moment, kept in kills:
+        result = run(script, f"{command} killed.pt", ("SIGKILL", *moment))
+        assert result.code == -signal.SIGKILL, result
+        assert epochs_in("killed.pt.last") == kept
+    assert "resumed  killed.pt.last, after epoch 2" in call(script, f"{command} killed.pt").out
+    call(script, f"{command} calm.pt")
+    assert_same_result("killed.pt", "calm.pt")
+
+
+def test_poisson_spikes_and_half_precision_resume_too(call, crash):
+    call("transfer_init", "--src r34.pt --T 2 --encoder poisson --out poisson.pt")
+    command = f"{STUDENT} --init poisson.pt --precision bf16 --epochs 3 --out"
+    crash("train_idsnn", f"{command} x.pt", epochs=2)
+    assert "after epoch 2" in call("train_idsnn", f"{command} x.pt").out
+    call("train_idsnn", f"{command} calm.pt")
+    assert_same_result("x.pt", "calm.pt")
+
+
+def test_killed_between_the_result_and_the_end(call):
     """Both <out> and <out>.last stand: the same command tidies up."""
-    monkeypatch.setattr(train_teacher, "SAVE_EVERY", 0)
-    keep, unlink = [], Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path, **k: keep.append(path) if path.suffix == ".last" else unlink(path, **k))
-    train_teacher.main(f"{TEACHER} --epochs 2 --out x.pt".split())
-    monkeypatch.undo()
-    os.chdir(folder)
-    assert keep and Path("x.pt.last").exists()
+    command = f"{TEACHER} --epochs 1 --out x.pt"
+    run("train_teacher", command, ("SIGKILL", "replaced", 2))
+    assert epochs_in("x.pt") == epochs_in("x.pt.last") == 1
     before = sha256("x.pt")
-    train_teacher.main(f"{TEACHER} --epochs 2 --out x.pt".split())
+    assert call("train_teacher", command).code == 0
     assert sha256("x.pt") == before and not Path("x.pt.last").exists()
 
 
-@posix
-def test_signals_end_a_run_with_one_line_and_a_second_run_is_refused(folder, capsys):
-    flags = f"{TEACHER} --epochs 60 --out x.pt"
-    for number, (name, epoch) in enumerate([("SIGTERM", 2), ("SIGINT", 5)]):
-        process = start(folder, "train_teacher", flags)
-        assert read_until(process, rf"^ +{epoch} .*\d")
-        if number == 0:
-            with pytest.raises(SystemExit) as end:
-                train_teacher.main(flags.split() + ["--fresh"])
-            error = capsys.readouterr().err
-            assert end.value.code == 2 and "another run is writing x.pt" in error and len(error.splitlines()) == 1
-            assert process.poll() is None and Path("x.pt.last").exists()
-        process.send_signal(getattr(signal, name))
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert re.fullmatch(r"interrupted; x\.pt\.last holds \d+ epochs: the same command goes on\n", error), error
-        assert epochs_saved(Path("x.pt.last")) >= epoch - 1
-        assert not Path("x.pt").exists() and not Path("x.pt.last.tmp").exists()
+# ------------------------------------------------------------------------------------------ signals
+def test_a_signal_ends_a_run_with_one_line_that_says_what_is_kept(call):
+    """One run, disturbed again and again; after each first epoch writing is put off."""
+    command = f"{TEACHER} --epochs 14 --out"
+    nothing = "the same command starts again"
+    for events, kept, words in [
+        ([("SIGINT", "optimizer", 1)], 0, nothing),
+        ([("SIGTERM", "step", 1)], 0, f"no epoch is kept yet: {nothing}"),
+        ([("SIGTERM", "step", 3)], 1, "x.pt.last holds 1 epoch: the same command goes on"),
+        # an epoch that was printed is kept, though it was not written
+        ([("SIGINT", "printed", 3)], 4, "x.pt.last holds 4 epochs"),
+        # the epoch before is, where the new one is not ready
+        ([("SIGINT", "serialise", 3)], 6, "x.pt.last holds 6 epochs"),
+        ([("SIGINT", "fsync", 1)], 7, "x.pt.last holds 7 epochs"),
+        # a terminal and torchrun both send one: the second must not end the writing
+        ([("SIGINT", "printed", 2), ("SIGTERM", "fsync", 2)], 9, "x.pt.last holds 9 epochs"),
+    ]:
+        result = run("train_teacher", f"{command} x.pt", *events)
+        assert result.code == 130, result
+        assert result.error.startswith("interrupted") and result.error.count("\n") == 1, result
+        assert words in result.error, result.error
+        assert epochs_in("x.pt.last") == kept, events
+        assert not Path("x.pt").exists() and not list(Path(".").glob("*.tmp"))
+    # what the second signal found: the write was under way
+    assert epochs_in("found-x.pt.last") == 8
+    assert call("train_teacher", f"{command} x.pt").code == 0
+    call("train_teacher", f"{command} calm.pt")
+    assert_same_result("x.pt", "calm.pt")
 
 
-@posix
-def test_a_dying_worker_and_other_numbers_of_processes(folder):
-    """Two processes, one dies, the run goes on by itself; what the two had saved continues on one and on three; all as one process."""
-    flags = f"{STUDENT} --precision fp64 --epochs 3"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node"]
-    train_idsnn.main(f"{flags} --out one.pt".split())
-    output = finish(start(folder, "train_idsnn", f"{flags} --out two.pt", "step:3@1", [*torchrun, "2"]))  # epoch 2, two steps an epoch
-    assert "resumed  two.pt.last, after epoch 1" in output
-    assert epochs_saved(folder / "saved-two.pt.last") == 1
-    for n in ("1", "3"):
-        shutil.copy("saved-two.pt.last", f"on{n}.pt.last")
-    train_idsnn.main(f"{flags} --out on1.pt".split())
-    output = finish(start(folder, "train_idsnn", f"{flags} --out on3.pt", "never", [*torchrun, "3"]))
-    assert "resumed  on3.pt.last, after epoch 1" in output
-    one = weights("one.pt")
+def test_interrupted_under_fresh(call):
+    """The same command would begin anew again: the line says so."""
+    result = run("train_idsnn", f"{STUDENT} --epochs 3 --out x.pt --fresh", ("SIGINT", "step", 4))
+    assert "holds 1 epoch: the same command without --fresh goes on" in result.error
+    result = call("train_idsnn", f"{STUDENT} --epochs 3 --out x.pt")
+    assert result.code == 0 and "resumed" in result.out
+
+
+def test_two_runs_do_not_write_one_file(call, monkeypatch):
+    refused, end_epoch = [], train_teacher.TrainingRun.end_epoch
+
+    def second_run(*args):
+        monkeypatch.setattr(train_teacher.TrainingRun, "end_epoch", end_epoch)
+        end_epoch(*args)
+        refused.append(call("train_teacher", f"{TEACHER} --epochs 2 --out x.pt --fresh"))
+        assert Path("x.pt.last").exists()
+
+    monkeypatch.setattr(train_teacher.TrainingRun, "end_epoch", second_run)
+    assert call("train_teacher", f"{TEACHER} --epochs 2 --out x.pt").code == 0
+    assert_refused(refused[0], "--out", "another run is writing x.pt")
+
+
+# -------------------------------------------------------------------- workers, numbers of processes
+WORKER = """
+import os, sys
+import train_teacher
+from test_restart import MAIN, plan
+
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+if first and os.environ["RANK"] == "1":
+    plan("SIGKILL", "step", 3)
+sys.argv[0] = "train_idsnn.py"
+train_teacher.run_script(MAIN["train_idsnn"])
+"""
+
+
+def resumed_as_one_of_three(command):
+    torch.set_num_threads(1)
+    sys.argv = ["train_idsnn.py", *command.split()]
+    train_idsnn.main()
+
+
+def test_a_dying_worker_and_other_numbers_of_processes(call):
+    """Two processes, one dies, the run goes on; what the two had saved goes on with one, three."""
+    command = f"{STUDENT} --precision fp64 --epochs 3 --out"
+    Path("worker.py").write_text(WORKER)
+    torchrun = "-m torch.distributed.run --standalone --max-restarts 2 --nproc-per-node 2"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, *torchrun.split(), "worker.py", *command.split(), "two.pt"],
+        env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1"),
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "resumed  two.pt.last, after epoch 1" in done.stdout  # two steps an epoch
+    assert "FutureWarning" not in done.stderr and "destroy_process_group" not in done.stderr
+
+    for out in ("on1.pt", "on3.pt"):
+        shutil.copy("found-two.pt.last", f"{out}.last")
+    call("train_idsnn", f"{command} on1.pt")
+    run_processes(3, resumed_as_one_of_three, f"{command} on3.pt")
+    call("train_idsnn", f"{command} one.pt")
+    one = load_checkpoint("one.pt")["model"]
     for out, world in (("two.pt", 2), ("on1.pt", 1), ("on3.pt", 3)):
         checkpoint = load_checkpoint(out)
         assert checkpoint["provenance"]["world_size"] == world
+        assert len(checkpoint["metrics"]["history"]) == 3
         for name, value in one.items():
-            assert torch.dist(value.double(), checkpoint["model"][name].double()) <= 1e-10 * value.double().norm(), (out, name)
+            value, other = value.double(), checkpoint["model"][name].double()
+            assert torch.dist(value, other) <= 1e-10 * value.norm(), (out, name)
 
 
-# -------------------------------------------------------------------------------------------------- full disks
-@pytest.fixture(params=["tmpfs", "limit"])
-def full_disk(request, folder, monkeypatch):
-    """(folder whose disk is full after the first save, function that makes room)"""
-    resource = pytest.importorskip("resource")
-    train_teacher.main(f"{TEACHER} --epochs 1 --out probe.pt".split())
-    size = os.path.getsize("probe.pt")  # without the optimizer's state; <out>.last is larger
-    if request.param == "tmpfs":
-        (folder / "disk").mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3}", "tmpfs", str(folder / "disk")]
-        if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-            pytest.skip("only root may mount")
-        yield folder / "disk", lambda: subprocess.run([*mount[:3], "-o", "remount,size=9M", *mount[5:]], check=True)
-        subprocess.run(["umount", str(folder / "disk")], check=True)
-    else:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        fsync = os.fsync
-
-        def fsync_then_limit(fd):
-            fsync(fd)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
-        monkeypatch.setattr(os, "fsync", fsync_then_limit)
-
-        def make_room():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            monkeypatch.setattr(os, "fsync", fsync)
-        yield folder, make_room
-        make_room()
+def test_fresh_under_torchrun(call, crash, monkeypatch):
+    """A restarted worker goes on though the command says --fresh, beside an older result too."""
+    crash("train_teacher", f"{TEACHER} --epochs 3 --fresh")  # r34.pt is of a run of one epoch
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = call("train_teacher", f"{TEACHER} --epochs 3 --fresh")
+    assert "resumed  r34.pt.last, after epoch 1" in result.out and epochs_in("r34.pt") == 3
+    call("train_teacher", f"{TEACHER} --epochs 2 --fresh")  # died before its first epoch was done
+    assert epochs_in("r34.pt") == 2
 
 
-def test_full_disk(full_disk, monkeypatch, capsys):
-    disk, make_room = full_disk
-    monkeypatch.setattr(train_teacher, "SAVE_EVERY", 0)
-    command = f"{TEACHER} --epochs 3 --out {disk / 'x.pt'}".split()
-    with pytest.raises(SystemExit) as end:
-        train_teacher.main(command)
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and len(error.splitlines()) == 1
-    assert "cannot write" in error and "x.pt.last" in error and "intact" in error
-    assert sorted(p.name for p in disk.glob("x.pt*")) == ["x.pt.jsonl", "x.pt.last"]  # no stray files
-    assert epochs_saved(disk / "x.pt.last") == 1
-    make_room()
-    train_teacher.main(command)
-    assert "resumed" in capsys.readouterr().out
-    train_teacher.main(f"{TEACHER} --epochs 3 --out calm.pt".split())
-    assert sha256(disk / "x.pt") == sha256("calm.pt")
+# --------------------------------------------------------------------------------------- full disks
+@pytest.mark.parametrize("event", ["printed", "step"])
+def test_a_full_disk_costs_one_line_and_keeps_what_was_written(call, event):
+    """At the end of the run, or when the interrupted run wants to write what was put off."""
+    command = f"{TEACHER} --epochs 3 --out"
+    events = [("full disk", "replaced", 1)]
+    if event == "step":
+        events.append(("SIGINT", "step", 5))
+    result = run("train_teacher", f"{command} x.pt", *events)
+    assert_refused(result, "cannot write x.pt", "x.pt.last holds 1 epoch", code=1)
+    assert epochs_in("x.pt.last") == 1 and not Path("x.pt").exists()
+    assert not list(Path(".").glob("*.tmp"))
+    assert "after epoch 1" in call("train_teacher", f"{command} x.pt").out
+    call("train_teacher", f"{command} calm.pt")
+    assert_same_result("x.pt", "calm.pt")
 
 
-@posix
-def test_full_disk_at_the_log_and_at_the_transfer(folder, capsys):
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for main, command, name in ((train_teacher.main, f"{TEACHER} --epochs 2 --out x.pt", "x.pt.jsonl"),
-                                (transfer_init.main, "--src r34.pt --T 3 --out y.pt", "y.pt"),
-                                (transfer_init.main, "--src r34.pt --T 3 --fresh", "snn_init.pt")):
-        before = sha256("snn_init.pt")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
-        try:
-            with pytest.raises(SystemExit) as end:
-                main(command.split())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        error = capsys.readouterr().err
-        assert end.value.code == 1 and len(error.splitlines()) == 1 and f"cannot write {name}" in error and "Traceback" not in error
-        assert sha256("snn_init.pt") == before and not list(folder.glob("*.tmp")) and not (folder / "y.pt").exists()
+@pytest.mark.parametrize("where", ["fsync", "log"])
+def test_a_disk_that_is_full_from_the_start(call, monkeypatch, where):
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync" if where == "fsync" else "write", no_room)
+        result = call("train_teacher", f"{TEACHER} --epochs 2 --out x.pt")
+    name = "x.pt.last" if where == "fsync" else "x.pt.jsonl"
+    assert_refused(result, f"cannot write {name} (No space left on device)", code=1)
+    assert [p.name for p in Path(".").glob("x.pt*")] == ["x.pt.jsonl"]
 
 
-# --------------------------------------------------------------------------------------------- the same command again
-def test_a_finished_run_is_reported_and_kept(folder, capsys):
-    for main, command, out in ((train_teacher.main, f"{TEACHER} --epochs 1", "r34.pt"), (transfer_init.main, "--src r34.pt --T 2", "snn_init.pt"),
-                               (train_idsnn.main, f"{STUDENT} --epochs 1", "idsnn.pt")):
-        if out == "idsnn.pt":
-            main(command.split())
-        files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob(f"{out}*")}
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(command.split())
-        printed = capsys.readouterr()
-        assert end.value.code == 0 and not printed.err
-        assert f"{out} is finished" in printed.out and "--fresh" in printed.out and len(printed.out.splitlines()) == 1
-        assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob(f"{out}*")} == files
-        del end
-        gc.collect()  # the exception held the lock on --out, where a process would have ended
-        main([*command.split(), "--fresh"])
-        now = load_checkpoint(out)
-        assert Path(out).stat().st_mtime_ns > files[folder / out][1] and now["config"]["fresh"]
-        anew = sha256(out)
-        Path(out).write_bytes(files[folder / out][0])  # the next stage knows this file, with its own date and durations
-        assert sha256(out) == anew  # determinism: the same weights
+def test_a_full_disk_leaves_an_earlier_result_alone(call):
+    before = Path("snn_init.pt").read_bytes()
+    result = run("transfer_init", "--src r34.pt --T 3 --fresh", ("full disk", "serialise", 1))
+    assert_refused(result, "cannot write snn_init.pt", "intact", code=1)
+    assert Path("snn_init.pt").read_bytes() == before and not list(Path(".").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", MAIN)
-def test_another_seed_gives_other_weights(folder, script):
+# --------------------------------------------------------------------------- the same command again
+@pytest.mark.parametrize("script,command,out", [
+    ("train_teacher", f"{TEACHER} --epochs 1", "r34.pt"),
+    ("transfer_init", "--src r34.pt --T 2", "snn_init.pt"),
+    ("train_idsnn", f"{STUDENT} --epochs 1", "idsnn.pt")])
+def test_a_finished_run_is_reported_and_kept(call, script, command, out):
+    def files():
+        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(".").glob(f"{out}*")}
+
+    call(script, f"{command} --fresh")
+    before, weights = files(), sha256(out)
+    result = call(script, command)
+    assert result.code == 0 and not result.error and result.out.count("\n") == 1
+    assert f"{out} is finished" in result.out and "--fresh" in result.out
+    assert files() == before
+    call(script, f"{command} --fresh")
+    assert files()[out] != before[out] and sha256(out) == weights
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_another_seed_gives_other_weights(call, script):
     for seed in (0, 1):
-        MAIN[script](f"{FLAGS[script]} --epochs 1 --seed {seed} --out seed{seed}.pt".split())
+        call(script, f"{FLAGS[script]} --epochs 1 --seed {seed} --out seed{seed}.pt")
     assert sha256("seed0.pt") != sha256("seed1.pt")
 
 
-def test_a_half_finished_run_of_another_configuration(folder, monkeypatch, capsys):
-    """It is refused, named and kept; --fresh starts over; a damaged one is refused too."""
-    stop_after_one_epoch(monkeypatch, f"{TEACHER} --epochs 4 --out x.pt")
+HALF = f"{TEACHER} --epochs 3"
+
+
+def test_a_half_finished_run_of_another_configuration_is_refused_by_the_users_own_flags(
+        call, crash):
+    crash("train_teacher", f"{HALF} --out x.pt")
     kept = Path("x.pt.last").read_bytes()
-    for change, words in (("--lr 0.1", "--lr was 0.05, is 0.1"), ("--no-flip", "--flip was True, is False"), ("--precision fp64", "--precision was auto, is fp64")):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            train_teacher.main(f"{TEACHER} --epochs 4 --out x.pt {change}".split())
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and words in error and "x.pt.last" in error and "--fresh" in error and len(error.splitlines()) == 1
-        assert Path("x.pt.last").read_bytes() == kept and not Path("x.pt").exists()
-        del end
-        gc.collect()
+    # the milestones follow from the epochs, much from the recipe: nobody gave them
+    for flags, named, silent in [
+        ("--lr 0.1", "--lr was 0.05, is 0.1", ()),
+        ("--no-flip", "--flip was True, is False", ()),
+        ("--epochs 4", "--epochs was 3, is 4", ("--milestones",)),
+        ("--milestones 1,2", "--milestones was [0.9, 1.8, 2.4], is [1.0, 2.0]", ()),
+        ("--recipe fast", "--recipe was paper, is fast", ("--lr", "--warmup", "--nesterov")),
+        ("--precision fp64", "is fp64", ("auto",)),
+        ("--width 2", "--width was 1, is 2", ()),
+        ("--seed 7", "--seed was 0, is 7", ()),
+    ]:
+        result = call("train_teacher", f"{HALF} {flags} --out x.pt")
+        assert_refused(result, "x.pt.last", named, "--fresh")
+        assert not any(flag in result.error for flag in silent), result.error
+        assert result.error.count(" was ") == 1, result.error
+    assert Path("x.pt.last").read_bytes() == kept and not Path("x.pt").exists()
+
     Path("x.pt.last").write_bytes(kept[:-1000])
-    with pytest.raises(SystemExit) as end:
-        train_teacher.main(f"{TEACHER} --epochs 4 --out x.pt".split())
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "x.pt.last is truncated" in error and "--fresh" in error
-    del end
-    gc.collect()
-    train_teacher.main(f"{TEACHER} --epochs 2 --out x.pt --fresh".split())
-    assert "resumed" not in capsys.readouterr().out
-    assert len(load_checkpoint("x.pt")["metrics"]["history"]) == 2 and not Path("x.pt.last").exists()
+    result = call("train_teacher", f"{HALF} --out x.pt")
+    assert_refused(result, "x.pt.last is truncated", "--fresh")
+    result = call("train_teacher", f"{TEACHER} --epochs 1 --out x.pt --fresh")
+    assert "resumed" not in result.out and epochs_in("x.pt") == 1
+    assert not Path("x.pt.last").exists()
 
 
-def stop_after_one_epoch(monkeypatch, command):
-    """Leave <out>.last as it is after the first epoch, in this process."""
-    class Stop(Exception):
-        pass
-
-    def save_and_stop(path, checkpoint, save=train_teacher.save_checkpoint):
-        save(path, checkpoint)
-        raise Stop
-    with monkeypatch.context() as patch:
-        patch.setattr(train_teacher, "SAVE_EVERY", 0)
-        patch.setattr(train_teacher, "save_checkpoint", save_and_stop)
-        with pytest.raises(Stop):
-            train_teacher.main(command.split())
-    gc.collect()
+def test_what_auto_resolved_to_belongs_to_the_run(call, crash, monkeypatch):
+    monkeypatch.setattr(train_teacher, "native_precision", lambda device: "fp32")
+    crash("train_teacher", f"{HALF} --out x.pt")
+    monkeypatch.setattr(train_teacher, "native_precision", lambda device: "bf16")
+    result = call("train_teacher", f"{HALF} --out x.pt")
+    assert_refused(result, "--precision was fp32, is bf16")
+    # said by a flag, it is the run that "auto" had begun
+    assert "resumed" in call("train_teacher", f"{HALF} --out x.pt --precision fp32").out
 
 
-def test_fresh_under_torchrun(folder, monkeypatch, capsys):
-    """A restarted worker goes on although the command says --fresh, and an older result at --out doesn't stop it."""
-    stop_after_one_epoch(monkeypatch, f"{TEACHER} --epochs 3 --out r34.pt --fresh")  # r34.pt is of a run of one epoch
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train_teacher.main(f"{TEACHER} --epochs 3 --out r34.pt --fresh".split())
-    assert "resumed  r34.pt.last, after epoch 1" in capsys.readouterr().out
-    assert len(load_checkpoint("r34.pt")["metrics"]["history"]) == 3
-    train_teacher.main(f"{TEACHER} --epochs 2 --out r34.pt --fresh".split())  # died before the first save
-    assert len(load_checkpoint("r34.pt")["metrics"]["history"]) == 2
+def test_the_same_data_and_parents_are_the_same_under_other_names(call, crash):
+    crash("train_teacher", f"{HALF} --out x.pt")
+    for i, spelling in enumerate(["./set", os.path.abspath("set")]):
+        shutil.copy("x.pt.last", f"{i}.pt.last")
+        command = HALF.replace("--dataset set", f"--dataset {spelling} --data-dir other")
+        assert "resumed" in call("train_teacher", f"{command} --out {i}.pt").out
+
+    crash("train_idsnn", f"{STUDENT} --epochs 2 --out y.pt")
+    os.rename("snn_init.pt", "init.pt")
+    shutil.copy("r34.pt", "teacher.pt")
+    command = f"{STUDENT} --epochs 2 --out y.pt"
+    result = call("train_idsnn", f"{command} --init init.pt --teacher teacher.pt")
+    assert "resumed" in result.out and result.code == 0
 
 
-def test_an_edited_source_is_refused(folder):
-    copy = folder / "copy"
-    copy.mkdir()
-    shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("train_teacher.py", "transfer_init.py"):
-        shutil.copy(ROOT / script, copy)
-    before = Path("snn_init.pt").read_bytes()
-    with open(copy / "kernels" / "lif.py", "a") as f:
-        f.write("# edited\n")
-    done = subprocess.run([sys.executable, str(copy / "transfer_init.py"), "--src", "r34.pt", "--T", "2"], capture_output=True, text=True)
+def test_other_data_and_parents_are_refused_under_the_same_name(call, crash):
+    crash("train_teacher", f"{HALF} --out x.pt")
+    crash("train_idsnn", f"{STUDENT} --epochs 2 --out y.pt")
+    call("train_teacher", f"{TEACHER} --epochs 1 --seed 5 --fresh")
+    result = call("train_idsnn", f"{STUDENT} --epochs 2 --out y.pt --teacher r34.pt")
+    assert_refused(result, "y.pt.last", "the teacher is another file", "--fresh")
+    os.replace("set/train/dog/1.png", "set/train/dog/0.png")
+    shutil.copy("set/train/dog/2.png", "set/train/dog/1.png")
+    result = call("train_teacher", f"{HALF} --out x.pt")
+    assert_refused(result, "x.pt.last", "--dataset has other images or labels", "--fresh")
+
+
+# ------------------------------------------------------------------------------- editing is welcome
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A copy of the sources which the scripts take for their own when they look for edits."""
+    copy = tmp_path / "sources"
+    shutil.copytree(ROOT / "kernels", copy / "kernels")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    monkeypatch.setattr(train_teacher, "__file__", str(copy / "train_teacher.py"))
+    return copy
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def test_a_comment_stops_nothing_and_an_edit_only_a_finished_result(call, crash, sources):
+    crash("train_teacher", f"{HALF} --out x.pt")
+    crash("train_idsnn", f"{STUDENT} --epochs 2 --out y.pt")
+    finished = dict(train_teacher=f"{TEACHER} --epochs 1 --out t.pt",
+                    train_idsnn=f"{STUDENT} --epochs 1")
+    for script, command in finished.items():
+        call(script, command)
+
+    for path in sources.rglob("*.py"):
+        append(path, "\n\n# a thought\n")
+    for script, command in finished.items():
+        assert "is finished" in call(script, command).out
+    shutil.copy("x.pt.last", "z.pt.last")
+    result = call("train_teacher", f"{HALF} --out z.pt")
+    assert "resumed" in result.out and "edited" not in result.out + result.error
+
+    # only what the stage runs counts
+    append(sources / "eval.py", "print('an edit')\n")
+    append(sources / "train_idsnn.py", "print('an edit')\n")
+    assert "is finished" in call("train_teacher", finished["train_teacher"]).out
+    before = Path("idsnn.pt").read_bytes()
+    result = call("train_idsnn", finished["train_idsnn"])
+    assert_refused(result, "idsnn.pt", "train_idsnn.py was edited", "--fresh")
+    assert Path("idsnn.pt").read_bytes() == before
+    append(sources / "kernels/lif.py", "print('an edit')\n")
+    assert_refused(call("train_teacher", finished["train_teacher"]), "kernels/lif.py was edited")
+
+    # a resumed run says so, in one line, and goes on
+    for script, command in (("train_teacher", f"{HALF} --out x.pt"),
+                            ("train_idsnn", f"{STUDENT} --epochs 2 --out y.pt")):
+        result = call(script, command)
+        assert result.code == 0 and "resumed" in result.out
+        notes = [line for line in (result.out + result.error).splitlines() if "edited" in line]
+        assert len(notes) == 1 and "kernels/lif.py" in notes[0] and "going on" in notes[0]
+
+
+def test_an_edited_recipe_is_refused_by_the_flags_name(call, crash, monkeypatch):
+    crash("train_teacher", f"{HALF} --out x.pt")
+    monkeypatch.setitem(train_teacher.PAPER, "weight_decay", 5e-4)
+    result = call("train_teacher", f"{HALF} --out x.pt")
+    assert_refused(result, "--weight-decay was 0.0001, is 0.0005", "--fresh")
+    # said by a flag, it is the run that was begun
+    result = call("train_teacher", f"{HALF} --out x.pt --weight-decay 1e-4")
+    assert result.code == 0 and "resumed" in result.out
+
+
+def test_an_edit_that_no_longer_fits_the_weights_costs_one_line(call, crash, monkeypatch):
+    crash("train_teacher", f"{HALF} --out x.pt")
+    kept = Path("x.pt.last").read_bytes()
+
+    def conv(c_in, c_out, kernel, stride=1):
+        return torch.nn.Conv2d(c_in, c_out, kernel + 2, stride, kernel // 2 + 1, bias=False)
+
+    monkeypatch.setattr(train_teacher, "conv", conv)
+    result = call("train_teacher", f"{HALF} --out x.pt")
+    assert_refused(result, "x.pt.last", "conv1.weight", "--fresh")
+    assert Path("x.pt.last").read_bytes() == kept
+
+
+def test_edited_scripts_run(folder):
+    """Not in this process: a copy of the sources, really edited since."""
+    copy = folder / "sources"
+    shutil.copytree(ROOT / "kernels", copy / "kernels")
+    for script in MAIN:
+        shutil.copy(ROOT / f"{script}.py", copy)
+    append(copy / "kernels/bn_lif.py", "# a thought\n")
+    append(copy / "transfer_init.py", "EDITED = True\n")
+    done = subprocess.run(
+        [sys.executable, "sources/transfer_init.py", *"--src r34.pt --T 2".split()],
+        capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r"transfer_init\.py: error: snn_init\.pt .*kernels/lif\.py was edited.*--fresh.*\n", done.stderr), done.stderr
-    assert Path("snn_init.pt").read_bytes() == before
+    assert re.fullmatch(r"transfer_init\.py: error: snn_init\.pt was made before transfer_init\.py "
+                        r"was edited.*--fresh.*\n", done.stderr), done.stderr
 
 
-# --------------------------------------------------------------------------------------------- false progress
-@pytest.mark.parametrize("script", MAIN)
-def test_divergence_ends_the_run_in_its_epoch(folder, script, capsys, monkeypatch):
+# ----------------------------------------------------------------------------------- false progress
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_loss_that_is_not_finite_keeps_the_epochs_before(call, script, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.2))  # the second epoch is put off
+
     def diverge(args, epoch):
         return 0.01 if epoch < 2 else 1e30
-    monkeypatch.setattr(sys.modules[script], "learning_rate", diverge)  # epochs 1 and 2 are fine
-    monkeypatch.setattr(train_teacher, "SAVE_EVERY", 0)
-    with pytest.raises(SystemExit) as end:
-        MAIN[script](f"{FLAGS[script]} --epochs 4 --out x.pt".split())
-    printed = capsys.readouterr()
-    assert end.value.code == 1 and len(printed.err.splitlines()) == 1
-    assert "is not finite in epoch 3" in printed.err and "x.pt.last keeps an earlier epoch" in printed.err and "--lr" in printed.err
+
+    monkeypatch.setattr(sys.modules[script], "learning_rate", diverge)
+    result = call(script, f"{FLAGS[script]} --epochs 4 --out x.pt --precision fp32")
+    assert_refused(result, "is not finite in epoch 3", "--lr", code=1)
+    assert "--precision" not in result.error  # it is fp32 already
     last = load_checkpoint("x.pt.last")
-    assert len(last["metrics"]["history"]) == 2 and all(v.isfinite().all() for v in last["model"].values())
-    assert not Path("x.pt").exists()
+    assert len(last["metrics"]["history"]) == 2 and not Path("x.pt").exists()
+    assert all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_a_huge_learning_rate_is_no_success(folder, capsys):
-    with pytest.raises(SystemExit) as end:
-        train_teacher.main(f"{TEACHER} --epochs 40 --lr 1000 --weight-decay 1 --out x.pt".split())
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and "is not finite in epoch 1; no earlier epoch was saved" in error and len(error.splitlines()) == 1
-    assert not Path("x.pt").exists()
+def test_a_huge_learning_rate_is_no_success(call):
+    command = f"{TEACHER} --epochs 40 --lr 1000 --weight-decay 1 --out x.pt"
+    assert_refused(call("train_teacher", command), "is not finite in epoch 1", code=1)
+    assert not Path("x.pt").exists() and not Path("x.pt.last").exists()
 
 
-def test_a_dead_layer_is_reported_in_the_first_epoch(folder, capsys):
-    train_idsnn.main(f"{STUDENT} --epochs 1 --v-th 900 --out x.pt".split())
-    warning = next(line for line in capsys.readouterr().out.splitlines() if "warning" in line)
-    assert "bn1 never fires (as do 16 more)" in warning and "--v-th" in warning
+def test_a_huge_test_loss_is_no_success(call, monkeypatch):
+    """The network guesses worse than chance by far: the file is written, the exit code is 1."""
+    monkeypatch.setattr(train_teacher, "evaluate", lambda predict, data: (33.3, 53418.0))
+    result = call("train_teacher", f"{TEACHER} --epochs 1 --out x.pt")
+    assert_refused(result, "x.pt was written", "53,418", "--lr", code=1)
+    assert epochs_in("x.pt") == 1
 
 
-def test_the_header_says_what_runs_where(folder, capsys):
-    train_idsnn.main(f"{STUDENT} --epochs 1 --T 3 --out x.pt".split())
-    header = capsys.readouterr().out
-    digest = load_checkpoint("x.pt")["data"]["sha256"][:12]
-    for words in ("cpu, fp32, 1 process", "PyTorch", f"96 + 12 images of 3x8x8, 3 classes, sha256 {digest}", "snn_init.pt", "r34.pt", "T 3, decay 0.25"):
-        assert words in header
+# ------------------------------------------------------------------------------ many kills in a row
+def said(path):
+    return Path(path).read_text() if os.path.exists(path) else ""
 
 
-# ------------------------------------------------------------------------------------------ many kills in a row
+def kill(script, command, out, moment, say):
+    """Run until `moment`: of MOMENTS, or seconds. Returns whether it was killed."""
+    before = epochs_in(f"{out}.last")
+    if isinstance(moment, tuple):
+        when, killed = "at " + " number ".join(map(str, moment)), True
+        result = run(script, f"{command} --out {out}", ("SIGKILL", *moment), slow=False)
+        assert result.code == -signal.SIGKILL, result.error
+    else:
+        when = f"{moment:.2f} s after training began"
+        Path("out.txt").unlink(missing_ok=True)
+        arguments = (script, f"{command} --out {out}", (), False)
+        process = PROCESSES.Process(target=script_process, args=arguments)
+        process.start()
+        while process.is_alive() and not re.search("^ *recipe ", said("out.txt"), re.M):
+            process.join(0.01)
+        process.join(moment)
+        process.kill()
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        assert killed or process.exitcode == 0
+    what = f"SIGKILL {when}" if killed else f"done before that, {when}"
+    say(f"{script}.py resumed from epoch {before}, {what}; "
+        f"{epochs_in(f'{out}.last')} epochs are saved")
+    return killed
+
+
 def main(kills):
-    """Half of the kills in stage 1, half in stage 3, on the digits; two in three at random moments, one in three while saving."""
+    """Half of the kills in each training stage, on the digits; one in three while saving."""
     torch.set_num_threads(1)
-    r, say = random.Random(0), lambda line: print(line, flush=True)
-    sources = ["kernels/lif.py", "kernels/bn_lif.py", "train_teacher.py", "transfer_init.py", "train_idsnn.py"]
-    git = lambda *command: subprocess.run(["git", *command, "--", *sources], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    commit = git("log", "-1", "--format=%h") + " (edited since)" * bool(git("status", "--short"))
-    versions = f"scripts and kernels of commit {commit}, python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}, one CPU thread"
-    say(f"$ python tests/test_restart.py {kills}\n{versions}")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        done = 0
-        for script, flags, seconds in (("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 3.0),
-                                       ("train_idsnn", "--device cpu --init init.pt --epochs 24", 6.0)):
-            say(f"$ python {script}.py {flags} --out killed.pt   # and again after each kill")
-            moments = [f"{['fsync', 'replace', 'replaced'][i // 3 % 3]}:1@0" if i % 3 == 2 else seconds * r.random() for i in range(kills // 2)]
-            done += kill_and_compare(Path(folder), script, flags, moments, say)
+    r = random.Random(0)
+
+    def say(line):
+        print(line, flush=True)
+
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("log", "-1", "--format=%h")
+    if git("status", "--short", "--", "kernels", "*.py"):
+        commit += " (edited since)"
+    say(f"$ python tests/test_restart.py {kills}")
+    say(f"commit {commit}, python {platform.python_version()}, torch {torch.__version__}, "
+        f"{platform.system()} {platform.machine()}, one CPU thread")
+    total = 0
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for script, command, seconds in (
+            ("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 3),
+            ("train_idsnn", "--device cpu --init init.pt --epochs 24", 6),
+        ):
+            say(f"$ python {script}.py {command} --out killed.pt   # and again after each kill")
+            for i in range(kills // 2):
+                moment = seconds * r.random()
+                if i % 3 == 2:
+                    moment = (["fsync", "replace", "replaced"][i // 3 % 3], 1)
+                total += kill(script, command, "killed.pt", moment, say)
+            for out in ("killed.pt", "calm.pt"):
+                result = run(script, f"{command} --out {out}", slow=False)
+                assert result.code == 0, result.error
+                say(f"{script}.py, {out}: weights {sha256(out)}")
+            assert_same_result("killed.pt", "calm.pt")
             if script == "train_teacher":
                 os.rename("killed.pt", "r34.pt")
                 say("$ python transfer_init.py --src r34.pt --T 2 --out init.pt")
-                subprocess.run([sys.executable, str(ROOT / "transfer_init.py"), *"--src r34.pt --T 2 --out init.pt".split()], check=True, stdout=subprocess.DEVNULL)
-                for p in Path(".").glob("*.pt*"):
-                    if p.name not in ("r34.pt", "init.pt"):
-                        p.unlink()
-        say(f"{done} kills, the same weights")
-        os.chdir(ROOT)
+                run("transfer_init", "--src r34.pt --T 2 --out init.pt")
+                for path in Path(".").glob("*.pt*"):
+                    if path.name not in ("r34.pt", "init.pt"):
+                        path.unlink()
+    say(f"{total} kills, the same weights")
 
 
 if __name__ == "__main__":
