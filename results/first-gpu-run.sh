@@ -137,10 +137,10 @@ step() {
     $python results/training-step.py $STEP --json "$OUT/training-step.json"
 }
 
-# Images per second of both stages as the scripts run them. Predicted at batch 64: stage 1 540
-# launches a step, eager 6,000 to 10,000, recorded 19,000 to 27,000; stage 3 600 launches, eager
-# 3,500 to 6,000, recorded 10,000 to 15,000. At batch 256 the GPU is the limit: 6.8 to 10.7 ms a
-# step (24,000 to 38,000) and 14 to 22 ms (12,000 to 18,000).
+# Images per second of both stages as the scripts run them; what is compiled is recorded too.
+# Predicted at batch 64: stage 1 540 launches a step, eager 6,000 to 10,000, recorded 19,000 to
+# 27,000; stage 3 600 launches, eager 3,500 to 6,000, recorded 10,000 to 15,000. At batch 256 the
+# GPU is the limit: 6.8 to 10.7 ms a step (24,000 to 38,000) and 14 to 22 ms (12,000 to 18,000).
 stage1() {
     speeds stage1 $python train_teacher.py --dataset "$CIFAR100" $NETWORK
 }
@@ -186,11 +186,12 @@ import os
 import sys
 name, batches = sys.argv[1:]
 print(f"\n| {name}: batch | mode | images/s |\n|---:|---|---:|")
+modes = dict(recorded="recorded", eager="eager", compiled="compiled and recorded")
 for batch in batches.split():
-    for mode in ("recorded", "eager", "compiled"):
+    for mode, shown in modes.items():
         path = f"{os.environ['RUNS']}/{name}-{batch}-{mode}.pt.jsonl"
         last = json.loads(open(path).read().splitlines()[-1])
-        print(f"| {batch} | {mode} | {last['images_per_s']:,.0f} |")
+        print(f"| {batch} | {shown} | {last['images_per_s']:,.0f} |")
 PYTHON
 }
 
