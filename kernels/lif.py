@@ -494,7 +494,7 @@ for _function in (_Gradient, _Transformed):
 # ---------------------------------------------------------------------------- what users call
 
 def choose_impl(x, T, impl):
-    """"triton", "torch" or "reference"; raises where Triton is forced and cannot run T steps of x."""
+    """"triton", "torch" or "reference"; raises where Triton is forced and cannot run."""
     if impl not in (None, "torch", "triton", "reference"):
         raise ValueError(f"impl must be None, 'torch', 'triton' or 'reference', not {impl!r}")
     if impl in ("torch", "reference"):
