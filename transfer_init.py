@@ -293,45 +293,54 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     the two have kernels of other sizes.
 
     Returns one row a layer of the student: (name, the source's layer or "", "copied", "looped from
-    -> to" or "fresh"). Raises ValueError, before anything is copied, if the source is no ResNet
-    (`resnet_arch`), has other blocks than the student, or lacks what should be copied.
+    -> to" or "fresh"). Raises ValueError, before anything is copied, if the source has other blocks
+    than the student, or lacks what should be copied, whole and finite.
     """
-    # after this nothing is missing below, or of a shape that cannot be looped
-    arch = resnet_arch(source)
-    if classifier == "transfer" and not arch["num_classes"]:
-        raise ValueError("it has no classifier to transfer")
     target = student.state_dict()
     if is_bottleneck(source) != is_bottleneck(target):
         kinds = {False: "basic blocks (ResNet-18, 34)", True: "bottlenecks (ResNet-50, 101, 152)"}
         raise ValueError(f"the teacher has {kinds[is_bottleneck(source)]}, the student "
                          f"{kinds[is_bottleneck(target)]}: give --depth of the same kind")
-    # kernels of 3x3 and 7x7 have no common index: such a stem starts fresh
     fresh = [] if classifier == "transfer" else ["fc."]
-    if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
+    if stem_kernels(source) != stem_kernels(target):  # 3x3 and 7x7 have no common index
         fresh += ["conv1.", "bn1."]
 
-    rows = {}  # of the table, by layer
+    # where every tensor comes from
+    origins, rows = {}, {}  # rows: of the table, by layer
     for name, tensor in target.items():
-        layer = name.rpartition(".")[0]
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
-            rows[layer] = ("", "fresh")
+            rows[name.rpartition(".")[0]] = ("", "fresh")
             continue
-        # the block of the same stage that this block is filled from (Figure 2b)
         origin = name
-        if name.startswith("layer"):
+        if name.startswith("layer"):  # the block of the same stage that fills it (Figure 2b)
             stage, j, rest = name.split(".", 2)
             k = source_block(int(j), blocks(target, stage), blocks(source, stage), block_map)
             origin = f"{stage}.{k}.{rest}"
         if origin not in source and name.endswith("num_batches_tracked"):
             continue  # a counter that weights older than PyTorch 0.4.1 lack, and nothing reads
-        # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
+        if origin not in source:
+            raise ValueError(f"it has no {origin}, which should fill the student's {name}")
         value = source[origin]
-        tensor.copy_(loop(value, tensor.shape))
+        if value.dim() != tensor.dim() or value.shape[2:] != tensor.shape[2:]:
+            raise ValueError(f"its {origin} is {size(value)}, which cannot fill {size(tensor)}")
+        if not value.isfinite().all():
+            raise ValueError(f"its {origin} is not finite")
+        origins[name] = origin
         how = "copied"
         if value.shape != tensor.shape:
             how = f"looped {size(value)} -> {size(tensor)}"
-        rows.setdefault(layer, (origin.rpartition(".")[0], how))  # its weight, which comes first
+        # a layer's first tensor, its weight, speaks for the layer
+        rows.setdefault(name.rpartition(".")[0], (origin.rpartition(".")[0], how))
+
+    # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
+    for name, origin in origins.items():
+        target[name].copy_(loop(source[origin], target[name].shape))
     return [(layer, *row) for layer, row in rows.items()]
+
+
+def stem_kernels(weights):
+    """Height and width of the kernels before the first stage."""
+    return [v.shape[2:] for name, v in weights.items() if name.startswith("conv1.")]
 
 
 def resnet_arch(weights):

@@ -704,7 +704,7 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
         raise ValueError("batch statistics need more than one value a channel, x is "
                          f"{tuple(x.shape)}")
     args = x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps, neuron
-    if impl == "torch" or not detach_reset or torch._C._are_functorch_transforms_active():
+    if impl != "triton" or not detach_reset or torch._C._are_functorch_transforms_active():
         return _composed(*args, bool(detach_reset), group, impl)
     if residual is not None:
         residual = residual.to(x.dtype)

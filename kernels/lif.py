@@ -494,11 +494,11 @@ for _function in (_Gradient, _Transformed):
 # ---------------------------------------------------------------------------- what users call
 
 def choose_impl(x, T, impl):
-    """"triton" or "torch" for T steps of x; raises where Triton is forced and cannot run."""
-    if impl not in (None, "torch", "triton"):
-        raise ValueError(f"impl must be None, 'torch' or 'triton', not {impl!r}")
-    if impl == "torch":
-        return "torch"
+    """"triton", "torch" or "reference"; raises where Triton is forced and cannot run."""
+    if impl not in (None, "torch", "triton", "reference"):
+        raise ValueError(f"impl must be None, 'torch', 'triton' or 'reference', not {impl!r}")
+    if impl in ("torch", "reference"):
+        return impl
     fits = x.dtype != torch.float64 and 1 <= T <= MAX_T
     if impl is None:
         return "triton" if triton is not None and x.is_cuda and fits else "torch"
@@ -515,7 +515,7 @@ def choose_impl(x, T, impl):
 
 
 def check(x, T, decay, v_th, lens, impl):
-    """((decay, v_th, lens) as floats, "triton" or "torch"); raises where one is out of range."""
+    """((decay, v_th, lens) as floats, the impl chosen); raises where one is out of range."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -546,7 +546,7 @@ def lif(x: Tensor, decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5,
     detach_reset  no gradient through the reset factor 1 - F[t-1], as in the authors' code;
                   False: the plain derivative
     impl          None: Triton on CUDA (up to 32 steps, not float64), PyTorch elsewhere; "torch" or
-                  "triton" forces one
+                  "triton" forces one; "reference": `lif_reference`, for a neuron that was edited
 
     Returns (T, ...) spikes, 0 or 1, in x's dtype and memory layout. x isn't copied if each
     time-step is dense, in any order of dimensions, and T is the outermost dimension or expanded.
@@ -559,6 +559,8 @@ def lif(x: Tensor, decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5,
         raise ValueError(f"x must be (T, ...) with T >= 1, not {tuple(x.shape)}")
     neuron, impl = check(x, len(x), decay, v_th, lens, impl)
     detach_reset = bool(detach_reset)
+    if impl == "reference":
+        return lif_reference(x, *neuron, detach_reset)
     if torch._C._are_functorch_transforms_active():
         return _Transformed.apply(x, *neuron, detach_reset, impl)
     save = detach_reset and torch.is_grad_enabled() and x.requires_grad

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kernels import bn_lif
+
 K = importlib.import_module("kernels.lif")  # kernels.lif is the function
 lif, lif_reference = K.lif, K.lif_reference
 
@@ -482,3 +484,12 @@ else:
     run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_specification_is_an_implementation_too():
+    """Where a forker starts: an edited `lif_reference` is what `lif` and `bn_lif` then run."""
+    x = torch.randn(4, 2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.ones(3), torch.zeros(3)
+    assert torch.equal(lif(x, impl="reference"), lif_reference(x))
+    assert torch.equal(bn_lif(x, weight, bias, impl="reference"),
+                       bn_lif(x, weight, bias, impl="torch"))

@@ -15,7 +15,7 @@ import train_teacher
 import transfer_init
 from kernels.lif import lif_reference
 from train_teacher import DEPTHS, ResNet, load_checkpoint
-from transfer_init import SpikingResNet, loop, noise, source_block, transfer
+from transfer_init import SpikingResNet, loop, noise, resnet_arch, source_block, transfer
 
 
 def randomised(net, seed=0):
@@ -150,15 +150,40 @@ UNFIT = [
 
 
 @pytest.mark.parametrize("change,words", UNFIT)
-def test_other_networks_are_refused_before_anything_is_copied(change, words):
+def test_other_networks_are_refused(change, words):
+    state = {name: v.clone() for name, v in ResNet(18, 10, width=2).state_dict().items()}
+    assert resnet_arch(state)["depth"] == 18
+    change(state)
+    with pytest.raises(ValueError) as refusal:
+        resnet_arch(state)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda state: state.pop("layer4.1.bn2.bias"), "no layer4.1.bn2.bias"),
+    (lambda state: state.update({"bn1.weight": torch.ones(2, 2)}), "bn1.weight is 2x2"),
+    (with_nan, "layer3.1.bn1.running_var is not finite")])
+def test_what_should_be_copied_and_cannot_is_an_error_before_anything_is(change, words):
     state = {name: v.clone() for name, v in ResNet(18, 10, width=2).state_dict().items()}
     change(state)
     student = SpikingResNet(18, 10, width=2)
     before = {name: v.clone() for name, v in student.state_dict().items()}
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=words):
         transfer(student, state)
-    assert all(word in str(refusal.value) for word in words), refusal.value
     assert all(torch.equal(v, before[name]) for name, v in student.state_dict().items())
+
+
+def test_a_stem_of_two_convolutions_is_transferred():
+    """As of a forked ResNet, whose names torchvision does not know."""
+    def two(net):
+        net.conv1 = torch.nn.Sequential(net.conv1, torch.nn.Conv2d(2, 2, 3, 1, 1, bias=False))
+        return net
+
+    torch.manual_seed(0)
+    source, student = two(ResNet(18, 10, width=2)), two(SpikingResNet(18, 10, width=2))
+    rows = dict((row[0], row[2]) for row in transfer(student, source.state_dict()))
+    assert rows["conv1.0"] == rows["conv1.1"] == "copied"
+    assert torch.equal(student.conv1[1].weight, source.conv1[1].weight)
 
 
 def test_the_other_kind_of_blocks_and_a_missing_classifier_are_refused():
@@ -166,7 +191,7 @@ def test_the_other_kind_of_blocks_and_a_missing_classifier_are_refused():
         transfer(SpikingResNet(18, width=2), ResNet(50, width=2).state_dict())
     headless = ResNet(18, 10, width=2).state_dict()
     del headless["fc.bias"]
-    with pytest.raises(ValueError, match="no classifier"):
+    with pytest.raises(ValueError, match="no fc.bias"):
         transfer(SpikingResNet(18, 10, width=2), headless, classifier="transfer")
     transfer(SpikingResNet(18, 10, width=2), headless)
 
