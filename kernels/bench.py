@@ -2,7 +2,7 @@
 
 First every contestant must compute the same spikes in fp32. Then forward alone and forward +
 backward are timed at the layer shapes of Spiking ResNet-18, channels-last as a convolution leaves
-them; the batch makes each tensor several times larger than the cache. The contestants:
+them; the batch makes the tensors several times larger than the cache. The contestants:
 
     lif      the neuron alone:        ours, SpikingJelly, snnTorch, the loop over t, that compiled
     bn_lif   batch norm + add + LIF:  ours, the same in three calls, and the peers behind batch norm
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--T", type=int, default=4, help="time-steps, 1 to 32 (default 4)")
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--batch", type=int, help="images at stage 1's shape, and twice, 4, 8 times as "
-                   "many at those of stages 2 to 4 (default: tensors of 4 times the cache)")
+                   "many at those of stages 2 to 4 (default: several times the cache)")
     p.add_argument("--seconds", type=float, default=0.2, help="for each figure (default 0.2)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -79,13 +79,15 @@ def parse_args(argv=None):
 
 
 def batch_beyond_cache(args):
-    """The power of two that makes each tensor at least four times as large as the cache."""
-    cache = CPU_CACHE
+    """The power of two with which the tensors of a case are several times as large as the cache."""
+    # on a CPU all together: each beyond 32 MiB would be mapped anew by every operation of a peer,
+    # and that would measure the operating system's page faults
+    wanted = CPU_CACHE
     if args.device.type == "cuda":
-        cache = torch.cuda.get_device_properties(args.device).L2_cache_size
+        wanted = 4 * torch.cuda.get_device_properties(args.device).L2_cache_size
     C, size = LAYERS[0]
     image = args.T * C * size * size * DTYPES[args.dtype].itemsize  # bytes
-    return 2 ** max(0, math.ceil(math.log2(4 * cache / image)))
+    return 2 ** max(0, math.ceil(math.log2(wanted / image)))
 
 
 # ------------------------------------------------------------------------------------- contestants

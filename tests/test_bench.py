@@ -66,7 +66,8 @@ def test_least_bytes_are_those_of_the_design():
 
 def test_tensors_are_several_times_larger_than_the_cache():
     a = bench.parse_args(["--device", "cpu"])
-    assert a.T * a.batch * 64 * 32 * 32 * 4 >= 4 * bench.CPU_CACHE
+    x = a.T * a.batch * 64 * 32 * 32 * 4  # bytes; spikes, gradient and its result beside it
+    assert bench.CPU_CACHE <= x < 2 * bench.CPU_CACHE
 
 
 @pytest.mark.parametrize("flags, words", [
