@@ -568,6 +568,8 @@ def describe_dataset(dataset, taught):
 def main(argv=None):
     # arguments, and with them the teacher, who says what some are by default
     args, teacher = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("runs as one process: call it without torchrun")
     weights, taught = teacher["model"], teacher["data"]
     own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
 

@@ -225,7 +225,7 @@ if triton is not None:
                 n = _part(Parts, 0, p, P, c, C)
                 count += n
                 total += n * _part(Parts, 1, p, P, c, C) + _part(Parts, 2, p, P, c, C)
-            n = tl.sum(count, 0, keep_dims=True)
+            n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)  # 0 where c >= C
             mean = tl.sum(total, 0, keep_dims=True) / n
             total = tl.zeros([BP, BC], tl.float64)
             for first in range(0, P, BP):
@@ -234,7 +234,7 @@ if triton is not None:
                 cross = 2 * _part(Parts, 2, p, P, c, C) + _part(Parts, 0, p, P, c, C) * d
                 total += _part(Parts, 3, p, P, c, C) + d * cross
             m2 = tl.maximum(tl.sum(total, 0, keep_dims=True), 0.0)
-            var = m2 / n
+            var, unbiased = m2 / n, m2 / tl.maximum(n - 1, 1.0)
             if Whole is not None:
                 tl.store(Whole + c, n, c < C)
                 tl.store(Whole + C + c, mean, c < C)
@@ -247,7 +247,7 @@ if triton is not None:
                 old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
                 old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
                 tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
-                tl.store(RunningVar + c, old_var + m2 / (n - 1) * momentum, c < C)
+                tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
             mean, var = mean.to(tl.float32), var.to(tl.float32)
             std = tl.sqrt_rn(var + eps)  # roots and quotients exactly rounded, as in PyTorch
             scale = tl.div_rn(weight, std)

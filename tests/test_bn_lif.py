@@ -193,9 +193,9 @@ def test_repeats_bit_for_bit():
 
 # ---------------------------------------------------------------------------- both paths
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("detach_reset, impl", [
+    (True, "torch"), (False, "torch"), pytest.param(False, "triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("detach_reset", [True, False])
 def test_composition_is_close_to_specification(detach_reset, dtype, impl):
     """Batch norm, add, lif: an fp32 current for bf16 input too, so hardly a spike differs."""
     options = dict(detach_reset=detach_reset, lens=0.6)
@@ -317,7 +317,7 @@ def test_upstream_gradient_in_any_layout(impl):
 
 
 @both
-@pytest.mark.parametrize("needed", [(0,), (3,), (1,), (1, 2), (0, 3)])
+@pytest.mark.parametrize("needed", [(0,), (3,), (1, 2)])
 def test_only_the_gradients_asked_for(needed, impl):
     *tensors, g = inputs(4, 2, 5, 4, 4, residual_layout="channels_last")
     var, mean = statistics(tensors[0])
@@ -415,11 +415,9 @@ def test_derivative_whoever_asks_for_it(impl):
 
 
 @needs_triton
-@pytest.mark.parametrize("static", [False, True])
-def test_opcheck(static):
+def test_opcheck():
     T, B, C, H, W = 5, 2, 3, 4, 4
-    x, weight, bias, residual, g = inputs(T, B, C, H, W, residual_layout="channels_last",
-                                          static=static)
+    x, weight, bias, residual, g = inputs(T, B, C, H, W, residual_layout="channels_last")
     data, given = x.detach(), (weight.detach(), bias.detach())
     running = torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)
     vectors = module._statistics(data, None, *given, None, None, 0.1, 1e-5)
@@ -434,6 +432,7 @@ def test_opcheck(static):
                                                     "test_faketensor"))
 
     check(module._bn_lif, *train[:-1], False)
+    check(module._bn_lif, x[:1], *train[1:])  # the same current at every step
     whole = module._whole(data)
     check(module._whole, data)
     check(module._statistics, data, None, *given, *running, 0.1, 1e-5)
@@ -441,9 +440,9 @@ def test_opcheck(static):
     check(module._constants, *running, *given, 1e-5)
     check(module._reduce, g, bits, data, vectors, 0.25, 0.5)
     sums = module._reduce(g, bits, data, vectors, 0.25, 0.5)
-    for sums, n, *needed in ((None, 32, True, True, True), (sums, 64, True, False, False),
-                             (None, 0, False, True, False)):  # of dx, dresidual, sums
-        check(module._backward, g, bits, data, vectors, sums, n, 0.25, 0.5, *needed)
+    for given, n, *needed in ((None, 32, True, True, True), (sums, 64, True, False, False),
+                              (None, 0, False, True, False)):  # of dx, dresidual, sums
+        check(module._backward, g, bits, data, vectors, given, n, 0.25, 0.5, *needed)
 
 
 @both
