@@ -67,7 +67,7 @@ def test_least_bytes_are_those_of_the_design():
 def test_tensors_are_several_times_larger_than_the_cache():
     a = bench.parse_args(["--device", "cpu"])
     x = a.T * a.batch * 64 * 32 * 32 * 4  # bytes; spikes, gradient and its result beside it
-    assert bench.CPU_CACHE <= x < 2 * bench.CPU_CACHE
+    assert 4 * x >= 2 * bench.CPU_CACHE and x < 2 ** 25  # from which malloc maps memory anew
 
 
 @pytest.mark.parametrize("flags, words", [
