@@ -3,6 +3,7 @@
 import importlib
 import os
 
+import conftest  # noqa: F401  spawned processes need it, too
 import pytest
 import torch
 

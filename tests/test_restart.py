@@ -100,6 +100,8 @@ def script_process(script, command, events, slow=True):
     """`python SCRIPT.py COMMAND` in this process, with its `events`; output to out.txt, err.txt."""
     for stream, path in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    # a shell's background job ignores it, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *command.split()]
     if slow:
