@@ -242,7 +242,7 @@ def main(argv=None):
             inputs = model.encode(images, data, draw[0], noise)  # (B, ...); spikes: (T, B, ...)
             scores = net(inputs).to(dtype)                      # (T, B, K)
             taught = None
-            if teacher:  # sees the normalised image, which direct coding has made already
+            if teacher is not None:  # sees the normalised image, which direct coding has made
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
                 taught = teacher(normalised).to(dtype)          # (B, K)
             ce, kd, loss = objective(
@@ -266,8 +266,8 @@ def main(argv=None):
         neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, "
                f"{'reset detached' if args.detach_reset else 'gradient through the reset'}",
         start="fresh weights (--no-init)" if args.no_init else args.init,
-        teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}" if teacher
-                else "none (--no-kd)",
+        teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}"
+                if teacher is not None else "none (--no-kd)",
         loss="of every time-step" if args.per_step else "of the mean over T",
         kernels=impl, data=data)
     with run:

@@ -189,6 +189,22 @@ def test_the_answer_is_the_mean_over_time_in_the_weights_precision(stages, monke
     assert set(seen) == {torch.float32}
 
 
+def test_compiled_networks_train_to_the_same_losses(stages, monkeypatch):
+    """Student and teacher through Dynamo; Inductor's own arithmetic is not what is tested."""
+    monkeypatch.chdir(stages)
+    compiled, compile = [], torch.compile
+
+    def eager(model, options=None):
+        compiled.append(type(model).__name__)
+        return compile(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    plain, made = train("--precision", "fp64"), train("--precision", "fp64", "--compile")
+    assert sorted(compiled) == ["ResNet", "SpikingResNet"]
+    losses = [c["metrics"]["history"][0]["loss"] for c in (plain, made)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 @pytest.fixture
 def renamed(tmp_path, monkeypatch):
     """Teacher and student of cat, dog, owl; the same images with another order of the names."""
