@@ -235,11 +235,14 @@ def describe(path, checkpoint):
     if stage == "idsnn" and not config.get("no_kd"):
         parts.append("KD")
     method = "ANN" if stage == "teacher" else "+".join(parts) or "baseline"
-    run = {key: checkpoint[key] for key in ("arch", "config", "data", "provenance")}
+    # a network that was never trained may know its classes and image size alone, or nothing
+    data = checkpoint["data"] or {}
+    run = {key: checkpoint[key] for key in ("arch", "config", "provenance")}
     return run | dict(
+        data=data,
         file=path, name=Path(path).stem, dataset=config["dataset"], method=method,
         # the same pixels and labels, wherever they lie
-        images=checkpoint["data"]["sha256"] if checkpoint["data"] else None,
+        images=data.get("sha256"),
         T=checkpoint["arch"].get("T"), history=checkpoint["metrics"]["history"])
 
 
@@ -647,8 +650,9 @@ def main(argv=None):
         if single and not run["T"] and (args.T or args.export):
             flag = "--T" if args.T else "--export"
             fail(f"argument {flag}: {run['file']} is a teacher, a network without time-steps")
-        if (args.predict or args.export) and not run["data"]:
-            fail(f"{run['file']} records no classes and no image size: train it first")
+        if (args.predict or args.export) and "mean" not in run["data"]:
+            fail(f"{run['file']} was not trained on the data that it is meant for, whose mean and "
+                 "deviation it records: train it first")
         if run["T"] and args.T:
             model.neuron.T = args.T[-1]
 
@@ -671,7 +675,7 @@ def main(argv=None):
     for run, model, images in zip(runs, models, data):
         run |= dict(device=str(device), precision=args.precision)
         images = copy.copy(images)  # runs share the pixels, not how they are normalised
-        if run["data"]:
+        if "mean" in run["data"]:
             images.mean, images.std = run["data"]["mean"], run["data"]["std"]
         images.to(device, dtype)
         steps = [1]
@@ -727,7 +731,7 @@ def main(argv=None):
             show(console, f"layers, at T = {steps[-1]}", by_layer(run))
         worst = sorted(rates, key=rates.get)[:3]
         show(console, "worst classes", [{"class": k, "accuracy": rates[k]} for k in worst])
-        if run["data"] and run["data"]["sha256"] != run["evaluated_on"]["sha256"]:
+        if run["images"] not in (None, run["evaluated_on"]["sha256"]):
             notes.append(f"note: trained beside other images ({run['data']['name']})")
     for note in notes:
         console.print(note, markup=False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_teacher import make_folder
 from torch import nn
 
 import eval as stage4
@@ -574,3 +575,18 @@ def test_nir_export_of_a_trained_network(run, trained):
     graph = nir.read(trained / "idsnn.nir")
     assert graph.metadata["T"] == 5 and graph.nodes["conv1"].weight.dtype == np.float64
     assert "idsnn.nir" in out and "mean of `output`" in out and "steps" not in content["runs"][0]
+
+
+def test_a_network_for_other_data_than_its_teachers(tmp_path, monkeypatch, capsys):
+    """Its checkpoint knows classes and image size, but neither mean nor hash: nothing was read."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "set", size=(8, 8))
+    train_teacher.main("--dataset digits --width 2 --depth 18 --epochs 1 --device cpu".split())
+    transfer_init.main("--src r34.pt --dataset set --T 2".split())
+    stage4.main("snn_init.pt --device cpu --json e.json".split())
+    assert json.loads(Path("e.json").read_text())["runs"][0]["evaluated_on"]["name"] == "set"
+    for flags in ("--predict set/train/cat/0.png", "--export nir net.nir"):
+        with pytest.raises(SystemExit) as end:
+            stage4.main(["snn_init.pt", *flags.split()])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "train it first" in error and error.count("\n") == 1
