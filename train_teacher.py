@@ -960,7 +960,8 @@ def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     try:
         checkpoint = read(path)
     except FileNotFoundError:
-        fail(f"{path} does not exist: {STAGES.get(stage, 'each stage')} makes it")
+        remedy = f"{STAGES[stage]} makes it" if stage else "give a checkpoint of any stage"
+        fail(f"{path} does not exist: {remedy}")
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror or error})")
     except Exception:  # zipfile and the unpickler raise a dozen kinds on damaged and foreign files
