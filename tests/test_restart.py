@@ -671,8 +671,8 @@ def main(kills):
     total = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for script, command, seconds in (
-            ("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 30", 3),
-            ("train_idsnn", "--device cpu --init init.pt --epochs 24", 6),
+            ("train_teacher", "--device cpu --dataset digits --width 4 --depth 18 --epochs 40", 3),
+            ("train_idsnn", "--device cpu --init init.pt --epochs 60", 6),
         ):
             say(f"$ python {script}.py {command} --out killed.pt   # and again after each kill")
             for i in range(kills // 2):
