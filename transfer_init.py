@@ -13,8 +13,6 @@ import math
 import os
 import re
 import shlex
-import struct
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -293,48 +291,42 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     the two have kernels of other sizes.
 
     Returns one row a layer of the student: (name, the source's layer or "", "copied", "looped from
-    -> to" or "fresh"). Raises ValueError, before anything is copied, if the source has other blocks
-    than the student, or lacks what should be copied, whole and finite.
+    -> to" or "fresh"). Raises ValueError, before anything is copied, if what should be copied is
+    missing or has other kernels.
     """
     target = student.state_dict()
-    if is_bottleneck(source) != is_bottleneck(target):
-        kinds = {False: "basic blocks (ResNet-18, 34)", True: "bottlenecks (ResNet-50, 101, 152)"}
-        raise ValueError(f"the teacher has {kinds[is_bottleneck(source)]}, the student "
-                         f"{kinds[is_bottleneck(target)]}: give --depth of the same kind")
     fresh = [] if classifier == "transfer" else ["fc."]
     if stem_kernels(source) != stem_kernels(target):  # 3x3 and 7x7 have no common index
         fresh += ["conv1.", "bn1."]
 
     # where every tensor comes from
-    origins, rows = {}, {}  # rows: of the table, by layer
+    copies, rows = [], {}  # rows: of the table, by layer
     for name, tensor in target.items():
+        layer = name.rpartition(".")[0]
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
-            rows[name.rpartition(".")[0]] = ("", "fresh")
+            rows[layer] = ("", "fresh")
             continue
+        if name.endswith("num_batches_tracked"):
+            continue  # nothing reads this counter, and old weights lack it
         origin = name
         if name.startswith("layer"):  # the block of the same stage that fills it (Figure 2b)
             stage, j, rest = name.split(".", 2)
-            k = source_block(int(j), blocks(target, stage), blocks(source, stage), block_map)
+            k = source_block(int(j), num_blocks(target, stage), num_blocks(source, stage), block_map)
             origin = f"{stage}.{k}.{rest}"
-        if origin not in source and name.endswith("num_batches_tracked"):
-            continue  # a counter that weights older than PyTorch 0.4.1 lack, and nothing reads
-        if origin not in source:
-            raise ValueError(f"it has no {origin}, which should fill the student's {name}")
-        value = source[origin]
-        if value.dim() != tensor.dim() or value.shape[2:] != tensor.shape[2:]:
-            raise ValueError(f"its {origin} is {size(value)}, which cannot fill {size(tensor)}")
-        if not value.isfinite().all():
-            raise ValueError(f"its {origin} is not finite")
-        origins[name] = origin
+        value = source.get(origin)
+        if value is None or value.dim() != tensor.dim() or value.shape[2:] != tensor.shape[2:]:
+            raise ValueError(f"its {origin} is {size(value)}, which cannot fill the student's "
+                             f"{name}, {size(tensor)}")
+        copies.append((tensor, value))
         how = "copied"
         if value.shape != tensor.shape:
             how = f"looped {size(value)} -> {size(tensor)}"
         # a layer's first tensor, its weight, speaks for the layer
-        rows.setdefault(name.rpartition(".")[0], (origin.rpartition(".")[0], how))
+        rows.setdefault(layer, (origin.rpartition(".")[0], how))
 
     # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
-    for name, origin in origins.items():
-        target[name].copy_(loop(source[origin], target[name].shape))
+    for tensor, value in copies:
+        tensor.copy_(loop(value, tensor.shape))
     return [(layer, *row) for layer, row in rows.items()]
 
 
@@ -343,143 +335,81 @@ def stem_kernels(weights):
     return [v.shape[2:] for name, v in weights.items() if name.startswith("conv1.")]
 
 
-def resnet_arch(weights):
-    """The arguments of the `ResNet` whose state dict this is, read off names and shapes; with
-    num_classes 0 if it has no classifier.
-
-    Tensors beyond the network's (the head of another task) are let pass. Raises ValueError where
-    it is another network: stages of other lengths, other shapes (ResNeXt's grouped convolutions),
-    a tensor too many or too few; and where a value is not finite.
-    """
-    stem = weights.get("conv1.weight", torch.empty(0))
-    if stem.dim() != 4 or stem.numel() == 0:
-        raise ValueError("it has no conv1.weight of four dimensions")
-    # the depth is told by the kind of blocks and their number in each stage
-    block = Bottleneck if is_bottleneck(weights) else BasicBlock
-    counts = tuple(blocks(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
-    depth = next((d for d, kind in DEPTHS.items() if kind == (block, counts)), None)
-    if depth is None:
-        raise ValueError(f"its four stages have {counts} blocks ({block.__name__}), as no ResNet "
-                         f"of {', '.join(map(str, DEPTHS))} layers")
-    # stem and classifier are as wide as their tensors; size(kernel) is "3x3" or "7x7"
-    head = {"fc.weight", "fc.bias"} <= weights.keys()
-    arch = dict(depth=depth, num_classes=weights["fc.bias"].numel() if head else 0,
-                in_channels=stem.shape[1], width=stem.shape[0], stem=size(stem[0, 0]))
-
-    # what it should hold, name by name: shapes without memory
-    with torch.device("meta"):
-        expected = ResNet(**arch | dict(num_classes=arch["num_classes"] or 1)).state_dict()
-    for name, tensor in expected.items():
-        # what may be absent: the counter that old PyTorch did not keep, and another task's head
-        value = weights.get(name)
-        if name.endswith("num_batches_tracked") or (name.startswith("fc.") and not head):
-            continue
-        if value is None or value.shape != tensor.shape:
-            found = "missing" if value is None else size(value)
-            raise ValueError(f"its {name} is {found}, a ResNet-{depth}'s is {size(tensor)}: "
-                             "another network (ResNeXt, a wide ResNet) or a part of one")
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError(f"its {name} has values that are not finite floating-point numbers")
-    # a tensor too many, as of squeeze-and-excitation, would change what the network computes
-    for name in weights:
-        if name.startswith(("conv", "bn", "layer")) and name not in expected:
-            raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
-    return arch
-
-
-def is_bottleneck(weights):
-    # a basic block ends with its second convolution
-    return "layer1.0.conv3.weight" in weights
-
-
-def blocks(weights, stage):
-    """How many blocks a stage has in a state dict."""
+def num_blocks(weights, stage):
     return len({name.split(".")[1] for name in weights if name.startswith(f"{stage}.")})
 
 
 def size(tensor):
     # as in a flag or a message: "64x3x7x7"
-    return "x".join(map(str, tensor.shape))
+    return "missing" if tensor is None else "x".join(map(str, tensor.shape))
 
 
 # ---------------------------------------------------------------------------- files of a teacher
+def load_teacher(path):
+    """A checkpoint of train_teacher.py, or weights from elsewhere in the same form: `model` and
+    `arch` as read off them, `data` None, `config` empty, and `notes` for the user."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(32)  # what a file is, its first bytes say; its name may say anything
+    except OSError:
+        return load_checkpoint(path, "teacher")  # which says why it cannot be read
+    try:
+        content = read_weights(path, head)
+        # our own format is checked where it is defined
+        if isinstance(content, dict) and {"format", "stage"} <= content.keys():
+            return load_checkpoint(path, "teacher")
+        weights, others = find_resnet(content)
+        arch, unused = resnet_arch(weights)
+    except ValueError as error:
+        fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
+             f"torchvision's names: {error}")
+    # nothing is passed over in silence
+    notes = []
+    if not head.startswith(b"PK"):  # a zip archive has them
+        notes.append(f"the format of {path} has no checksums: damage may go unseen")
+    if others + unused:
+        notes.append(f"no part of the ResNet in {path}, not used: {listed(others + unused)}")
+    return dict(model=weights, arch=arch, data=None, config={}, notes=notes)
+
+
+def read_weights(path, head):
+    """The content of torch.save's archive, of its format from before PyTorch 1.6, or of a
+    safetensors file, told apart by their first bytes. Code in a file is never run.
+
+    Raises ValueError that says what the file is instead.
+    """
+    try:
+        if LEGACY in head:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if head[8:9] == b"{":  # the header's JSON, after its length
+            return read_safetensors(path)
+        return read(path)
+    except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
+        # what the unpickler refuses is an object, as torch.save(network) writes
+        refused = re.search(r"GLOBAL \S+", str(error))
+        reason = refused[0] if refused else repr(error)[:100]
+        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or more than the "
+                         f"tensors and plain values of a state_dict() ({reason})") from None
+
+
 # torch.save's first bytes before PyTorch 1.6, and the number types of safetensors in weights
 LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
                    I64=torch.int64)  # the last for num_batches_tracked
 
 
-def load_teacher(path):
-    """A checkpoint of train_teacher.py, or weights from elsewhere in the same form: `model` and
-    `arch` as read off them, `data` None, `config` empty, and `notes` for the user."""
-    if not os.path.isfile(path):
-        return load_checkpoint(path, "teacher")  # which says what is wrong with it
-    notes = []
-    try:
-        content, unchecked = read_weights(path)
-        # our own format is checked where it is defined
-        if isinstance(content, dict) and {"format", "stage"} <= content.keys():
-            return load_checkpoint(path, "teacher")
-        weights, unused = find_resnet(content)
-        arch = resnet_arch(weights)
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror or error})")
-    except ValueError as error:
-        fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
-             f"torchvision's names: {error}")
-    # nothing is passed over in silence
-    if unchecked:
-        notes.append(f"{path} is {unchecked}, which has no checksums: damage may go unseen")
-    if unused:
-        notes.append(f"no part of the ResNet in {path}, not used: {listed(unused)}")
-    return dict(model=weights, arch=arch, data=None, config={}, notes=notes)
-
-
-def read_weights(path):
-    """(content of the file, its format where that has no checksums, else None).
-
-    Reads torch.save's archive, torch.save's format from before PyTorch 1.6, and safetensors; code
-    in a file is never run. Raises ValueError that says what the file is instead.
-    """
-    # what a file is, its first bytes say; its name may say anything
-    with open(path, "rb") as f:
-        head = f.read(32)
-    try:
-        # weights_only: what is no tensor or plain value is refused, in the old format too
-        if LEGACY in head:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            return content, "of torch.save from before PyTorch 1.6"
-        if head[8:9] == b"{":  # the header's JSON, after its length
-            return read_safetensors(path), "a safetensors file"
-        # what is left is torch.save's archive, with checksums, or nothing we know;
-        # torch.load hands TorchScript, which is code, to another reader, and warns
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError("a TorchScript archive")
-        return read(path), None
-    except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
-        reason = str(error).partition("\n")[0][:100] or type(error).__name__
-        # the one reason that has a remedy: the file holds an object, as torch.save(network) writes
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = (f"needs Python's {refused[1]}, and only tensors and plain values are "
-                      "read: save its state_dict()")
-        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or of another "
-                         f"kind ({reason})") from None
-
-
 def read_safetensors(path):
     """{name: tensor}: the header's length (uint64), the header (JSON), the tensors' bytes."""
     raw = bytearray(Path(path).read_bytes())
-    body = 8 + struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8:body])
-    header.pop("__metadata__", None)
+    body = 8 + int.from_bytes(raw[:8], "little")
     tensors = {}
-    for name, entry in header.items():
-        # bytes counted from the header's end, little-endian, in C order
-        first, last = entry["data_offsets"]
-        content = raw[body + first:body + last]
-        flat = torch.frombuffer(content, dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
+    for name, entry in json.loads(raw[8:body]).items():
+        if name != "__metadata__":
+            # bytes counted from the header's end, little-endian, in C order
+            first, last = entry["data_offsets"]
+            content = raw[body + first:body + last]
+            flat = torch.frombuffer(content, dtype=SAFETENSORS[entry["dtype"]])
+            tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
     return tensors
 
 
@@ -491,47 +421,76 @@ def find_resnet(content):
     """
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-    mark = "layer1.0.conv1.weight"  # in every ResNet, once
-    found, names = [], []  # (where, prefix, its dict); all tensors, for the message
-    for path, values in dicts(content):
-        tensors = {str(name): v for name, v in values.items() if isinstance(v, torch.Tensor)}
-        names += tensors
-        # whatever stands before the mark stands before every name of this network
-        for name in tensors:
-            prefix, here, rest = name.rpartition(mark)
-            if here and not rest and prefix[-1:] in ("", "."):
-                found.append((path, prefix, tensors))
-    # none: tensors of another network, or no tensors at all
-    if not found:
-        raise ValueError(f"it has no {mark}, but {listed(names or content)}")
+    tensors = dict(flatten(content))
+    # whatever stands before a name that each ResNet has once stands before all of its names
+    mark = "layer1.0.conv1.weight"
+    found = (re.fullmatch(rf"(|.*[./]){re.escape(mark)}", name) for name in tensors)
+    prefixes = [match[1] for match in found if match]
+    if not prefixes:
+        raise ValueError(f"it has no {mark}, but {listed(tensors or content)}")
     # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
-    if len(found) > 1:
-        places = [path + prefix for path, prefix, _ in found]
-        raise ValueError(f"it holds {len(found)} networks, {listed(places)}: save one alone")
-
-    # what stands beside it is named: it may be the head of another task, or a surprise
-    _, prefix, tensors = found[0]
+    if len(prefixes) > 1:
+        raise ValueError(f"it holds {len(prefixes)} networks, {listed(prefixes)}: save one alone")
+    prefix = prefixes[0]
     weights = {name.removeprefix(prefix): value for name, value in tensors.items()
                if name.startswith(prefix)}
-    used = ("conv1.", "bn1.", "layer", "fc.weight", "fc.bias")
-    unused = [name for name in tensors
-              if not name.startswith(tuple(prefix + name for name in used))]
-    return weights, unused
+    return weights, [name for name in tensors if not name.startswith(prefix)]
 
 
-def dicts(content, path=""):
-    """Every dict in a dict of dicts, after the keys that lead there."""
-    yield path, content
+def flatten(content, path=""):
+    """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from dicts(value, f"{path}{key}/")
+            yield from flatten(value, f"{path}{key}/")
+        elif isinstance(value, torch.Tensor):
+            yield f"{path}{key}", value
 
 
-def listed(names, most=4):
+def resnet_arch(weights):
+    """(arguments of the `ResNet` whose state dict this is, names of what is no part of it).
+
+    Read off names and shapes; num_classes is 0 if there is no classifier. Raises ValueError where
+    it is another network, by a tensor too many, too few or of another shape (ResNeXt's grouped
+    convolutions), and where a value is not finite.
+    """
+    # a ResNet's number counts its convolutions, but for shortcuts, and the classifier
+    conv = re.compile(r"(layer\d\.\d+\.)?conv\d\.weight")
+    depth = 1 + len([name for name in weights if conv.fullmatch(name)])
+    stem, bias = weights.get("conv1.weight"), weights.get("fc.bias", torch.empty(0))
+    if stem is None or stem.dim() != 4 or not stem.numel():
+        raise ValueError(f"its conv1.weight is {size(stem)}, not of four dimensions")
+    if depth not in DEPTHS:
+        raise ValueError(f"it has {depth} layers, not {', '.join(map(str, DEPTHS))}")
+    # stem and classifier are as wide as their tensors; size(kernel) is "3x3" or "7x7"
+    arch = dict(depth=depth, num_classes=bias.numel(), in_channels=stem.shape[1],
+                width=stem.shape[0], stem=size(stem[0, 0]))
+
+    # what it should hold, name by name: shapes without memory
+    with torch.device("meta"):
+        net = ResNet(**arch | dict(num_classes=bias.numel() or 1))
+    if not bias.numel():
+        net.fc = nn.Identity()  # the head of another task is not its own
+    expected = net.state_dict()
+    for name, tensor in expected.items():
+        value = weights.get(name)
+        if name.endswith("num_batches_tracked"):
+            continue  # a counter that old PyTorch did not keep
+        if value is None or value.shape != tensor.shape:
+            raise ValueError(f"its {name} is {size(value)}, a ResNet-{depth}'s is {size(tensor)}: "
+                             "another network (ResNeXt, a wide ResNet) or a part of one")
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"its {name} has values that are not finite floating-point numbers")
+    # a tensor too many, as of squeeze-and-excitation, would change what the network computes
+    unused = [name for name in weights if name not in expected]
+    for name in unused:
+        if name.startswith(("conv", "bn", "layer")):
+            raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
+    return arch, unused
+
+
+def listed(names):
     """The first few of many names, and how many there are."""
-    names = list(map(str, names))
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return f"{', '.join(map(str, list(names)[:4]))} ({len(names)} in all)"
 
 
 # ----------------------------------------------------------------------------------------- main
