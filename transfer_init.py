@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,6 @@ if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from kernels import BatchNorm2d, bn_lif
@@ -33,21 +31,20 @@ from train_teacher import (
     Bottleneck,
     Parser,
     ResNet,
-    asks_help,
     check_classes,
+    check_writable,
+    default_stem,
     earlier_run,
     fail,
-    list_folder,
     load_checkpoint,
+    load_data,
     make_checkpoint,
     number,
     read,
-    read_image,
     run_identity,
     run_script,
     save_checkpoint,
     sha256_file,
-    world_size,
 )
 
 
@@ -99,22 +96,22 @@ def parse_args(argv=None):
     p.add_argument("--dataset",
                    help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
                         "images; not given: the teacher's")
-    p.add_argument("--seed", type=number(int, 0, 99999), default=0,
-                   help="of whatever stays fresh")
+    p.add_argument("--data-dir", default="data", help="where downloads and decoded images are kept")
+    p.add_argument("--seed", type=number(int, 0, 99999), default=0, help="of whatever stays fresh")
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
 
     # the neuron's defaults stand above; width and data are the teacher's
     p.set_defaults(**asdict(Neuron()))
-    src = p.first_pass(argv).src
-    teacher = None
-    if src and (os.path.isfile(src) or not asks_help(argv)):
-        teacher = load_teacher(src)
+    first, teacher = p.parse_known_args(argv)[0], None
+    if first.src and (os.path.isfile(first.src) or not first.help):
+        teacher = load_teacher(first.src)
         p.set_defaults(width=teacher["arch"]["width"],
                        dataset=teacher["config"].get("dataset", "cifar100"))  # elsewhere: unnamed
     args = p.parse_args(argv)
     if not args.src:
         fail("argument --src: is required: the teacher's file")
+    check_writable("out", args.out)
     return args, teacher
 
 
@@ -159,7 +156,7 @@ class BatchNormLIF(BatchNorm2d):
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
             training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
             decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
-            group=dist.group.WORLD if world_size() > 1 else None)
+            group=self.group)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
@@ -311,7 +308,8 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         origin = name
         if name.startswith("layer"):  # the block of the same stage that fills it (Figure 2b)
             stage, j, rest = name.split(".", 2)
-            k = source_block(int(j), num_blocks(target, stage), num_blocks(source, stage), block_map)
+            m, n = num_blocks(target, stage), num_blocks(source, stage)
+            k = source_block(int(j), m, n, block_map)
             origin = f"{stage}.{k}.{rest}"
         value = source.get(origin)
         if value is None or value.dim() != tensor.dim() or value.shape[2:] != tensor.shape[2:]:
@@ -349,41 +347,40 @@ def load_teacher(path):
     """A checkpoint of train_teacher.py, or weights from elsewhere in the same form: `model` and
     `arch` as read off them, `data` None, `config` empty, and `notes` for the user."""
     try:
-        with open(path, "rb") as f:
-            head = f.read(32)  # what a file is, its first bytes say; its name may say anything
-    except OSError:
-        return load_checkpoint(path, "teacher")  # which says why it cannot be read
-    try:
-        content = read_weights(path, head)
+        content = read_weights(path)
         # our own format is checked where it is defined
         if isinstance(content, dict) and {"format", "stage"} <= content.keys():
             return load_checkpoint(path, "teacher")
         weights, others = find_resnet(content)
         arch, unused = resnet_arch(weights)
+    except OSError:
+        return load_checkpoint(path, "teacher")  # which says why it cannot be read
     except ValueError as error:
         fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
              f"torchvision's names: {error}")
     # nothing is passed over in silence
     notes = []
-    if not head.startswith(b"PK"):  # a zip archive has them
+    if not zipfile.is_zipfile(path):
         notes.append(f"the format of {path} has no checksums: damage may go unseen")
     if others + unused:
         notes.append(f"no part of the ResNet in {path}, not used: {listed(others + unused)}")
     return dict(model=weights, arch=arch, data=None, config={}, notes=notes)
 
 
-def read_weights(path, head):
-    """The content of torch.save's archive, of its format from before PyTorch 1.6, or of a
-    safetensors file, told apart by their first bytes. Code in a file is never run.
+def read_weights(path):
+    """The content of a file of torch.save, from before PyTorch 1.6 too, or of safetensors.
 
-    Raises ValueError that says what the file is instead.
+    Code in a file is never run. Raises ValueError that says what the file is instead.
     """
+    # what a file is, its first bytes say; its name may say anything
+    with open(path, "rb") as f:
+        head = f.read(9)
     try:
-        if LEGACY in head:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if head[8:9] == b"{":  # the header's JSON, after its length
+        if zipfile.is_zipfile(path):
+            return read(path)
+        if head[8:] == b"{":  # the header's JSON, after its length
             return read_safetensors(path)
-        return read(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
         # what the unpickler refuses is an object, as torch.save(network) writes
         refused = re.search(r"GLOBAL \S+", str(error))
@@ -392,24 +389,20 @@ def read_weights(path, head):
                          f"tensors and plain values of a state_dict() ({reason})") from None
 
 
-# torch.save's first bytes before PyTorch 1.6, and the number types of safetensors in weights
-LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-                   I64=torch.int64)  # the last for num_batches_tracked
-
-
 def read_safetensors(path):
     """{name: tensor}: the header's length (uint64), the header (JSON), the tensors' bytes."""
+    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+                  I64=torch.int64)  # the last for num_batches_tracked
     raw = bytearray(Path(path).read_bytes())
-    body = 8 + int.from_bytes(raw[:8], "little")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in json.loads(raw[8:body]).items():
-        if name != "__metadata__":
-            # bytes counted from the header's end, little-endian, in C order
-            first, last = entry["data_offsets"]
-            content = raw[body + first:body + last]
-            flat = torch.frombuffer(content, dtype=SAFETENSORS[entry["dtype"]])
-            tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
+    for name, entry in header.items():
+        # bytes counted from the header's end, little-endian, in C order
+        first, last = entry["data_offsets"]
+        flat = torch.frombuffer(raw[start + first:start + last], dtype=dtypes[entry["dtype"]])
+        tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
     return tensors
 
 
@@ -419,15 +412,13 @@ def find_resnet(content):
 
     Raises ValueError, saying what there is, if there is none or more than one.
     """
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     tensors = dict(flatten(content))
     # whatever stands before a name that each ResNet has once stands before all of its names
-    mark = "layer1.0.conv1.weight"
-    found = (re.fullmatch(rf"(|.*[./]){re.escape(mark)}", name) for name in tensors)
-    prefixes = [match[1] for match in found if match]
+    mark = re.compile(r"(|.*[./])layer1\.0\.conv1\.weight")
+    prefixes = [found[1] for found in map(mark.fullmatch, tensors) if found]
     if not prefixes:
-        raise ValueError(f"it has no {mark}, but {listed(tensors or content)}")
+        raise ValueError(f"its {type(content).__name__} has no layer1.0.conv1.weight, but "
+                         f"{listed(tensors)}")
     # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
     if len(prefixes) > 1:
         raise ValueError(f"it holds {len(prefixes)} networks, {listed(prefixes)}: save one alone")
@@ -439,11 +430,10 @@ def find_resnet(content):
 
 def flatten(content, path=""):
     """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{path}{key}/")
-        elif isinstance(value, torch.Tensor):
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
             yield f"{path}{key}", value
+        yield from flatten(value, f"{path}{key}/")
 
 
 def resnet_arch(weights):
@@ -494,34 +484,7 @@ def listed(names):
 
 
 # ----------------------------------------------------------------------------------------- main
-CIFAR = dict(cifar10=10, cifar100=100)  # classes, whose names only the data themselves tell
-
-
-def describe_dataset(dataset, taught):
-    """name, classes (None: not known here) and shape of --dataset, without reading all its pixels.
-
-    taught: the description in the teacher's file, if it learnt from that data set.
-    """
-    # what cannot change, or is not here to be asked
-    if taught and not os.path.isdir(dataset):
-        return dict(taught)
-    if dataset in CIFAR:
-        return dict(name=dataset, classes=None, shape=[3, 32, 32])
-    if dataset == "digits":
-        return dict(name=dataset, classes=[str(d) for d in range(10)], shape=[1, 8, 8])
-    # a folder's classes may have changed since the teacher saw them
-    try:
-        train, test = list_folder(Path(dataset), skipped=[])
-        if taught:
-            return taught | dict(classes=list(train))
-        paths = [path for split in (train, test) for files in split.values() for path in files]
-        H, W, channels = read_image(paths[0]).shape
-        # as stage 3 will read them: grey only if all are grey
-        if any(read_image(path).shape[2] == 3 for path in paths):
-            channels = 3
-    except (OSError, ValueError) as error:
-        fail(f"--dataset {dataset}: {error}")
-    return dict(name=dataset, classes=list(train), shape=[channels, H, W])
+CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names can wait for the download
 
 
 def main(argv=None):
@@ -529,78 +492,69 @@ def main(argv=None):
     args, teacher = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("runs as one process: call it without torchrun")
-    weights, taught = teacher["model"], teacher["data"]
-    own = "provenance" in teacher  # by train_teacher.py, and so something to distil from
+    weights, known = teacher["model"], teacher["arch"]
+    taught = teacher["data"]  # what it learnt from; None: not by train_teacher.py, so not known
+    if DEPTHS[args.depth][0] is not DEPTHS[known["depth"]][0]:
+        fail(f"argument --depth: {args.depth}: {args.src} is a ResNet-{known['depth']}, and basic "
+             "blocks (18, 34) and bottlenecks (50, 101, 152) cannot fill each other")
 
-    # the data: the teacher's, or those of --dataset; what its labels mean goes into the checkpoint
-    same = args.dataset == teacher["config"].get("dataset")
-    data = describe_dataset(args.dataset, taught if same else None)
+    # data: what the network is meant for. the next stage compares the class names with the images
+    inherited = args.dataset == teacher["config"].get("dataset")
+    if inherited:
+        data = taught
+    elif args.dataset in CIFAR:
+        data = dict(name=args.dataset, classes=None, shape=[3, 32, 32])
+    else:
+        data = load_data(args.dataset, args.data_dir).describe()
     num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
-    # an earlier result of the same command stands, another's is not overwritten
-    parents = {"teacher": dict(path=args.src, sha256=sha256_file(args.src), bare=not own)}
+    # earlier result: one of the same command stands, another's is not overwritten
+    parents = dict(teacher=dict(path=args.src, sha256=sha256_file(args.src), bare=taught is None))
     identity = run_identity(args, "init", parents=parents)
     identity["data"] = [num_classes, data["classes"], data["shape"]]  # all that counts here
     earlier_run(args, "init", identity)
 
-    # the teacher's classifier serves its own classes alone, in their order
+    # classifier: the teacher's serves its own classes alone, in their order
     if args.classifier == "transfer":
-        known = len(weights.get("fc.weight", []))
-        if known != num_classes:
+        if known["num_classes"] != num_classes:
             fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} "
-                 f"knows {known}, {args.dataset} has {num_classes}")
+                 f"knows {known['num_classes']}, {args.dataset} has {num_classes}")
         check_classes(data["classes"] or [], taught, "teacher", args.src)
-        # where the names are not known here, stage 3 will have them to compare
         if taught:
-            data["classes"] = taught["classes"]
+            data = data | dict(classes=taught["classes"])  # of CIFAR they were not known
 
-    # the student: small images keep their size in the stem
+    # student: fresh, as the seed says
     stem = args.stem
-    if stem == "auto" and same:
-        stem = teacher["arch"]["stem"]
-    elif stem == "auto":
-        stem = "3x3" if max(data["shape"][1:]) <= 64 else "7x7"
+    if stem == "auto":
+        stem = known["stem"] if inherited else default_stem(data["shape"])
     arch = dict(depth=args.depth, num_classes=num_classes, in_channels=data["shape"][0],
-                width=args.width, stem=stem, block=args.block, encoder=args.encoder,
-                T=args.T, decay=args.decay, v_th=args.v_th, lens=args.lens,
-                detach_reset=args.detach_reset)
-    # fresh, as the seed says
+                width=args.width, stem=stem, block=args.block, encoder=args.encoder, T=args.T,
+                decay=args.decay, v_th=args.v_th, lens=args.lens, detach_reset=args.detach_reset)
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
 
-    # the transfer, for which the teacher has to fit
+    # transfer
     try:
         rows = transfer(student, weights, args.block_map, args.shortcut, args.classifier)
-    except ValueError as error:
+    except ValueError as error:  # one of the two networks was edited
         fail(f"{args.src}: {error}")
 
-    # save; the next stage reads all it needs to know from this file
+    # save: the next stage reads all it needs to know from this file
     device = torch.device("cpu")
     checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
     save_checkpoint(args.out, checkpoint)
 
-    # what was done, layer by layer, and what comes next
-    console = Console(highlight=False, soft_wrap=True, markup=False)  # [x] in a path is a path
-    table = Table("layer of the student", "from the teacher's", "how", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for note in teacher.get("notes", []):
-        console.print(f"note: {note}")
-    # how many of the numbers that training will change came from the teacher
-    fresh = {layer for layer, _, how in rows if how == "fresh"}
-    counts = {name: p.numel() for name, p in student.named_parameters()}
-    total = sum(counts.values())
-    left = sum(n for name, n in counts.items() if name.rpartition(".")[0] in fresh)
-    console.print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width "
-                  f"{args.width}, T {args.T}) for {args.dataset}; {total - left:,} of {total:,} "
-                  f"parameters from {args.src}, {left:,} fresh")
-    # the next command; weights from elsewhere know no classes: nothing to distil from
-    command = f"python train_idsnn.py --init {shlex.quote(args.out)}"
-    if own:
-        console.print(f"next: {command}")
-    else:
-        console.print(f"next: {command} --no-kd   (or --teacher, a checkpoint of train_teacher.py)")
+    # report: what was done, layer by layer, and what comes next
+    for row in [("layer of the student", "from the teacher's", "how"), *rows]:
+        print("{:<25}{:<25}{}".format(*row))
+    for line in teacher.get("notes", []):
+        print(f"note: {line}")
+    print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width {args.width}, "
+          f"T {args.T}) for {args.dataset}, from {args.src}")
+    command = f"next: python train_idsnn.py --init {shlex.quote(args.out)}"
+    if not taught:
+        command += " --no-kd   (or --teacher, a checkpoint of train_teacher.py)"
+    print(command)
 
 
 if __name__ == "__main__":
