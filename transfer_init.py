@@ -22,6 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from kernels import BatchNorm2d, bn_lif
@@ -45,6 +46,7 @@ from train_teacher import (
     run_script,
     save_checkpoint,
     sha256_file,
+    world_size,
 )
 
 
@@ -103,7 +105,8 @@ def parse_args(argv=None):
 
     # the neuron's defaults stand above; width and data are the teacher's
     p.set_defaults(**asdict(Neuron()))
-    first, teacher = p.parse_known_args(argv)[0], None
+    first, _ = p.parse_known_args(argv)
+    teacher = None
     if first.src and (os.path.isfile(first.src) or not first.help):
         teacher = load_teacher(first.src)
         p.set_defaults(width=teacher["arch"]["width"],
@@ -156,7 +159,7 @@ class BatchNormLIF(BatchNorm2d):
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
             training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
             decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
-            group=self.group)
+            group=dist.group.WORLD if world_size() > 1 else None)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
@@ -338,7 +341,7 @@ def num_blocks(weights, stage):
 
 
 def size(tensor):
-    # as in a flag or a message: "64x3x7x7"
+    # as in a message: "64x3x7x7"
     return "missing" if tensor is None else "x".join(map(str, tensor.shape))
 
 
@@ -439,42 +442,40 @@ def flatten(content, path=""):
 def resnet_arch(weights):
     """(arguments of the `ResNet` whose state dict this is, names of what is no part of it).
 
-    Read off names and shapes; num_classes is 0 if there is no classifier. Raises ValueError where
-    it is another network, by a tensor too many, too few or of another shape (ResNeXt's grouped
-    convolutions), and where a value is not finite.
+    Read off names and shapes; num_classes is 0 without a classifier. Raises ValueError where it is
+    another network (a tensor too many, too few, or as ResNeXt's kernels of another shape), and
+    where a value is not finite.
     """
-    # a ResNet's number counts its convolutions, but for shortcuts, and the classifier
-    conv = re.compile(r"(layer\d\.\d+\.)?conv\d\.weight")
-    depth = 1 + len([name for name in weights if conv.fullmatch(name)])
-    stem, bias = weights.get("conv1.weight"), weights.get("fc.bias", torch.empty(0))
-    if stem is None or stem.dim() != 4 or not stem.numel():
-        raise ValueError(f"its conv1.weight is {size(stem)}, not of four dimensions")
+    # a ResNet's number counts its first convolution, those of its blocks, and the classifier
+    conv = re.compile(r"layer\d\.\d+\.conv\d\.weight")
+    depth = 2 + len([name for name in weights if conv.fullmatch(name)])
     if depth not in DEPTHS:
         raise ValueError(f"it has {depth} layers, not {', '.join(map(str, DEPTHS))}")
-    # stem and classifier are as wide as their tensors; size(kernel) is "3x3" or "7x7"
-    arch = dict(depth=depth, num_classes=bias.numel(), in_channels=stem.shape[1],
-                width=stem.shape[0], stem=size(stem[0, 0]))
+    # stem and classifier are as wide as their tensors; a missing stem is found below
+    width, channels, *kernel = weights.get("conv1.weight", torch.empty(1, 1)).shape
+    classes = len(weights.get("fc.bias", []))
+    stem = "3x3" if kernel == [3, 3] else "7x7"
 
     # what it should hold, name by name: shapes without memory
     with torch.device("meta"):
-        net = ResNet(**arch | dict(num_classes=bias.numel() or 1))
-    if not bias.numel():
-        net.fc = nn.Identity()  # the head of another task is not its own
+        net = ResNet(depth, classes or 1, channels, width, stem)
+    if not classes:
+        net.fc = nn.Identity()  # the head of another task is no part of it
     expected = net.state_dict()
     for name, tensor in expected.items():
-        value = weights.get(name)
         if name.endswith("num_batches_tracked"):
             continue  # a counter that old PyTorch did not keep
+        value = weights.get(name)
         if value is None or value.shape != tensor.shape:
             raise ValueError(f"its {name} is {size(value)}, a ResNet-{depth}'s is {size(tensor)}: "
                              "another network (ResNeXt, a wide ResNet) or a part of one")
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"its {name} has values that are not finite floating-point numbers")
-    # a tensor too many, as of squeeze-and-excitation, would change what the network computes
     unused = [name for name in weights if name not in expected]
-    for name in unused:
+    for name in unused:  # squeeze-and-excitation, say, would change what the network computes
         if name.startswith(("conv", "bn", "layer")):
             raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
+    arch = dict(depth=depth, num_classes=classes, in_channels=channels, width=width, stem=stem)
     return arch, unused
 
 
