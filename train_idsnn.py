@@ -251,7 +251,7 @@ def main(argv=None):
 
     # loop
     parameters = sum(p.numel() for p in model.parameters())
-    impl = choose_impl(torch.empty(0, dtype=dtype, device=device), args.T, None)
+    impl = choose_impl(model.fc.weight, args.T, None)
     teaching = "none (--no-kd)"
     if teacher is not None:
         path = parents["teacher"]["path"]
@@ -297,7 +297,7 @@ def main(argv=None):
                 seconds=time.time() - began)
             run.end_epoch(row, arch, model, optimizer, scaler)
             for line in firing_warnings(rates):
-                run.console.print(f"[yellow]warning: {line}[/]")
+                run.say(f"warning: {line}")
 
         # save: the last weights; then what to run next
         run.finish(arch, model, f"python eval.py {args.out}")

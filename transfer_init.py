@@ -66,13 +66,11 @@ class Neuron:
 
 # ---------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    """(arguments, teacher), in two passes as in timm's train.py: the file of --src decides some of
-    the defaults, and --help shows them."""
+    """(arguments, teacher), whose file decides some of the defaults, which --help shows."""
     # the teacher, and the student's network
     p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
-    p.add_argument("--src",
-                   help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights "
-                        "under torchvision's names, of torch.save or safetensors")
+    p.add_argument("--src", help="the teacher: a checkpoint of train_teacher.py, or a ResNet's "
+                                 "weights under torchvision's names, of torch.save or safetensors")
     p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
                    help="layers of the Spiking ResNet")
     p.add_argument("--width", type=number(int, 1, 4096),
@@ -103,14 +101,14 @@ def parse_args(argv=None):
     p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
     p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
 
-    # the neuron's defaults stand above; width and data are the teacher's
+    # the neuron's defaults stand above; width and data are the teacher's, if its file names any
     p.set_defaults(**asdict(Neuron()))
     first, _ = p.parse_known_args(argv)
     teacher = None
     if first.src and (os.path.isfile(first.src) or not first.help):
         teacher = load_teacher(first.src)
-        p.set_defaults(width=teacher["arch"]["width"],
-                       dataset=teacher["config"].get("dataset", "cifar100"))  # elsewhere: unnamed
+        dataset = teacher["config"].get("dataset", "cifar100")
+        p.set_defaults(width=teacher["arch"]["width"], dataset=dataset)
     args = p.parse_args(argv)
     if not args.src:
         fail("argument --src: is required: the teacher's file")
@@ -375,9 +373,8 @@ def read_weights(path):
 
     Code in a file is never run. Raises ValueError that says what the file is instead.
     """
-    # what a file is, its first bytes say; its name may say anything
     with open(path, "rb") as f:
-        head = f.read(9)
+        head = f.read(9)  # they say what a file is; its name may say anything
     try:
         if zipfile.is_zipfile(path):
             return read(path)
@@ -388,8 +385,8 @@ def read_weights(path):
         # what the unpickler refuses is an object, as torch.save(network) writes
         refused = re.search(r"GLOBAL \S+", str(error))
         reason = refused[0] if refused else repr(error)[:100]
-        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or more than the "
-                         f"tensors and plain values of a state_dict() ({reason})") from None
+        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or holds more "
+                         f"than the tensors of a state_dict() ({reason})") from None
 
 
 def read_safetensors(path):
@@ -420,8 +417,8 @@ def find_resnet(content):
     mark = re.compile(r"(|.*[./])layer1\.0\.conv1\.weight")
     prefixes = [found[1] for found in map(mark.fullmatch, tensors) if found]
     if not prefixes:
-        raise ValueError(f"its {type(content).__name__} has no layer1.0.conv1.weight, but "
-                         f"{listed(tensors)}")
+        raise ValueError(f"the {type(content).__name__} in it has no layer1.0.conv1.weight; "
+                         f"its tensors are: {listed(tensors)}")
     # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
     if len(prefixes) > 1:
         raise ValueError(f"it holds {len(prefixes)} networks, {listed(prefixes)}: save one alone")
@@ -433,10 +430,11 @@ def find_resnet(content):
 
 def flatten(content, path=""):
     """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, torch.Tensor):
-            yield f"{path}{key}", value
-        yield from flatten(value, f"{path}{key}/")
+    if isinstance(content, torch.Tensor):
+        yield path, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from flatten(value, f"{path}/{key}".lstrip("/"))
 
 
 def resnet_arch(weights):
@@ -493,8 +491,7 @@ def main(argv=None):
     args, teacher = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("runs as one process: call it without torchrun")
-    weights, known = teacher["model"], teacher["arch"]
-    taught = teacher["data"]  # what it learnt from; None: not by train_teacher.py, so not known
+    known, taught = teacher["arch"], teacher["data"]  # what it learnt from; None: from elsewhere
     if DEPTHS[args.depth][0] is not DEPTHS[known["depth"]][0]:
         fail(f"argument --depth: {args.depth}: {args.src} is a ResNet-{known['depth']}, and basic "
              "blocks (18, 34) and bottlenecks (50, 101, 152) cannot fill each other")
@@ -536,13 +533,12 @@ def main(argv=None):
 
     # transfer
     try:
-        rows = transfer(student, weights, args.block_map, args.shortcut, args.classifier)
+        rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
     except ValueError as error:  # one of the two networks was edited
         fail(f"{args.src}: {error}")
 
     # save: the next stage reads all it needs to know from this file
-    device = torch.device("cpu")
-    checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
+    checkpoint = make_checkpoint("init", arch, student, args, identity, data, parents)
     save_checkpoint(args.out, checkpoint)
 
     # report: what was done, layer by layer, and what comes next
@@ -555,7 +551,7 @@ def main(argv=None):
     command = f"next: python train_idsnn.py --init {shlex.quote(args.out)}"
     if not taught:
         command += " --no-kd   (or --teacher, a checkpoint of train_teacher.py)"
-    print(command)
+    print(command, flush=True)  # a full disk or a closed pipe is met here, not at Python's end
 
 
 if __name__ == "__main__":

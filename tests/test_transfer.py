@@ -762,7 +762,7 @@ REFUSED = {
                 ["layer1.0.conv1.weight", "weight, bias"]),
     "empty dict": (lambda p: torch.save({}, p), ["layer1.0.conv1.weight"]),
     "list": (lambda p: torch.save([torch.ones(2)], p), ["list"]),
-    "network": (pickled_network, ["train_teacher.ResNet", "plain values"]),
+    "network": (pickled_network, ["train_teacher.ResNet", "state_dict()"]),
     "legacy malicious": (lambda p: save_legacy(p, dict(state_dict=Malicious())), ["open"]),
     "malicious": (lambda p: torch.save(dict(state_dict=Malicious()), p), ["open"]),
     "hdf5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), ["HDF"]),
