@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -86,7 +87,8 @@ def parse_args(argv=None):
     # the file of --init decides defaults: read it first
     first, _ = p.parse_known_args(argv)
     if first.help and not os.path.exists(first.init):
-        p.set_defaults(**dict.fromkeys(["dataset", *NEURON], "as in --init"))
+        inherited = Path("as in --init")  # only shown; argparse would parse a text
+        p.set_defaults(**dict.fromkeys(["dataset", *NEURON], inherited))
         return parse_with_recipe(p, argv, RECIPES, DIGITS), None
     init = load_checkpoint(first.init, "init")
     p.set_defaults(dataset=init["config"]["dataset"], **{k: init["arch"][k] for k in NEURON})
