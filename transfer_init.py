@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -376,11 +377,12 @@ def read_weights(path):
     with open(path, "rb") as f:
         head = f.read(9)  # they say what a file is; its name may say anything
     try:
-        if zipfile.is_zipfile(path):
-            return read(path)
-        if head[8:] == b"{":  # the header's JSON, after its length
-            return read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about what it refuses in the next moment
+            if zipfile.is_zipfile(path):
+                return read(path)
+            if head[8:] == b"{":  # the header's JSON, after its length
+                return read_safetensors(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
         # what the unpickler refuses is an object, as torch.save(network) writes
         refused = re.search(r"GLOBAL \S+", str(error))

@@ -1,6 +1,7 @@
 """Stage 2: the Spiking ResNet, its initialisation from the teacher, the teacher's files."""
 import json
 import math
+import pickle
 import random
 import shutil
 import struct
@@ -765,6 +766,9 @@ REFUSED = {
     "network": (pickled_network, ["train_teacher.ResNet", "state_dict()"]),
     "legacy malicious": (lambda p: save_legacy(p, dict(state_dict=Malicious())), ["open"]),
     "malicious": (lambda p: torch.save(dict(state_dict=Malicious()), p), ["open"]),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps([Malicious()])), ["truncated"]),
+    "torchscript": (lambda p: torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)).save(p),
+                    ["TorchScript"]),
     "hdf5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), ["HDF"]),
     "text": (lambda p: p.write_text("accuracy 75.41"), ["accuracy"]),
     "empty": (lambda p: p.touch(), ["truncated"]),
@@ -778,10 +782,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_was_found_is_said(refused, tmp_path, name):
+def test_what_was_found_is_said(refused, tmp_path, recwarn, name):
     make, words = REFUSED[name]
     make(tmp_path / "here" / "w.pth")
+    recwarn.clear()
     refused("--src w.pth", "w.pth", *words)
+    assert not recwarn.list, "a second line on stderr"
     assert not (tmp_path / "here" / "executed").exists()
 
 
