@@ -176,12 +176,10 @@ class OperationCounter:
         # whole numbers: exact in fp32 for an image, in fp64 for a test set
         spikes = x.flatten(1).sum(1, dtype=torch.float32)   # (steps*B, ...) -> (steps*B,)
         spikes = spikes.double().view(steps, -1).sum(1)     # -> (steps,)
-        analogue = (x != x.round()).any()
-        if name in self.layers:
-            spikes += self.layers[name]["spikes"]
-            analogue |= self.layers[name]["analogue"]
-        self.layers[name] = dict(
-            spikes=spikes, analogue=analogue, macs=macs, connections=connections)
+        sizes = dict(macs=macs, connections=connections)
+        layer = self.layers.setdefault(name, dict(sizes, spikes=0, analogue=False))
+        layer["spikes"] += spikes
+        layer["analogue"] |= (x != x.round()).any()
 
     def read(self):
         """A dict per layer, in order of execution, for one image.
@@ -191,13 +189,13 @@ class OperationCounter:
         rows = []
         for name, layer in self.layers.items():
             row = dict(name=name, acs=[], macs=[], dense_macs=layer["macs"])
-            spikes = layer["spikes"] / self.images
-            if len(spikes) < self.T:  # the same at every step: once
+            if len(layer["spikes"]) < self.T:  # the same at every step: once
                 row["macs"] = [layer["macs"]]
             elif layer["analogue"]:
                 row["macs"] = [layer["macs"]] * self.T
             else:
-                row["acs"] = (spikes * layer["connections"]).tolist()
+                acs = layer["spikes"] * layer["connections"] / self.images
+                row["acs"] = acs.tolist()
             rows.append(row)
         return rows
 
@@ -230,10 +228,8 @@ def describe(path, checkpoint):
     data = checkpoint["data"] or {}
     return dict(
         file=path, name=Path(path).stem, network=" ".join(words), method=method, T=arch.get("T"),
-        dataset=config["dataset"],
-        images=data.get("sha256"),  # the same pixels and labels, wherever they lie
-        history=checkpoint["metrics"]["history"],
-        arch=arch, config=config, data=data, provenance=checkpoint["provenance"])
+        history=checkpoint["metrics"]["history"], arch=arch, config=config, data=data,
+        provenance=checkpoint["provenance"])
 
 
 def scores_over_time(run, model, data, start, stop):
@@ -260,12 +256,12 @@ def evaluate_over_time(run, model, data, steps, batch_size, console):
     The neuron is causal, so a run of the most steps holds all shorter ones: the answer after t
     steps is the mean of the first t class scores.
     """
-    device, images, K = data.test_y.device, len(data.test_y), len(data.classes)
-    # sums over images, read once at the end
+    device, N, K = data.test_y.device, len(data.test_y), len(data.classes)
+    # sums over images, read once at the end: no batch waits for the host
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=device)  # correct, loss
     correct_by_class = torch.zeros(K, device=device)
     operations, firing = OperationCounter(model, steps[-1]), FiringRates(model)
-    for start in track(range(0, images, batch_size), run["file"], console=console,
+    for start in track(range(0, N, batch_size), run["file"], console=console,
                        transient=True, disable=not console.is_terminal):
         y = data.test_y[start: start + batch_size]
         scores = scores_over_time(run, model, data, start, start + batch_size)
@@ -277,7 +273,7 @@ def evaluate_over_time(run, model, data, steps, batch_size, console):
         correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
 
     layers, rows = operations.read(), []
-    for t, (accuracy, loss) in zip(steps, (sums / images).tolist()):
+    for t, (accuracy, loss) in zip(steps, (sums / N).tolist()):
         rows.append(dict(T=t, accuracy=100 * accuracy, loss=loss) | energy(layers, t))
     by_class = 100 * correct_by_class / torch.bincount(data.test_y, minlength=K)
     return dict(evaluated_on=data.describe(), steps=rows, firing=firing.read(), layers=layers,
@@ -323,9 +319,11 @@ def compare(runs):
     and data set. to_base: the first epoch with at least the best accuracy of the reference; sooner:
     the epoch at which the reference had that, over to_base (the paper's Table 4: 192 / 14).
     """
-    accuracy = itemgetter("test_acc")     # of an epoch
-    setting = itemgetter("network", "images")  # what runs must share to be compared
-    baselines = defaultdict(list)         # every epoch of them, by setting
+    def setting(run):  # the same network on the same pixels and labels, wherever they lie
+        return run["network"], run["data"].get("sha256")
+
+    accuracy = itemgetter("test_acc")  # of an epoch
+    baselines = defaultdict(list)      # every epoch of them, by setting
     for run in runs:
         if run["method"] == "baseline":
             baselines[setting(run)] += run["history"]
@@ -333,8 +331,8 @@ def compare(runs):
     rows = []
     for run in runs:
         history, base = run["history"], baselines[setting(run)]
-        row = dict(run=run["name"], data=Path(run["dataset"]).name, network=run["network"],
-                   method=run["method"], T=run["T"], epochs=len(history))
+        row = dict(run=run["name"], data=Path(run["config"]["dataset"]).name,
+                   network=run["network"], method=run["method"], T=run["T"], epochs=len(history))
         row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
         if history:
             best = max(history, key=accuracy)
@@ -574,7 +572,7 @@ def main(argv=None):
             data.append(read_images(args.predict, run["data"]))
         if on_test_set:
             folder = args.data_dir or run["config"].get("data_dir", "data")
-            images = load_once(args.dataset or run["dataset"], folder)
+            images = load_once(args.dataset or run["config"]["dataset"], folder)
             check_fits(images, run, "network", run["file"], "give its own with --dataset")
             data.append(images)
 
@@ -630,7 +628,7 @@ def main(argv=None):
                  [{"layer": name, "%": 100 * rate} for name, rate in firing.items()])
         worst = sorted(by_class, key=by_class.get)[:3]
         show(console, "worst classes", [{"class": k, "accuracy": by_class[k]} for k in worst])
-        if run["images"] not in (None, run["evaluated_on"]["sha256"]):
+        if run["data"].get("sha256") not in (None, run["evaluated_on"]["sha256"]):
             notes.append(f"note: trained beside other images ({run['data']['name']})")
     for note in notes:
         console.print(note, markup=False)
