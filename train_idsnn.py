@@ -28,8 +28,7 @@ from train_teacher import (
     ResNet,
     TrainingRun,
     add_training_flags,
-    asks_help,
-    check_classes,
+    check_fits,
     evaluate,
     fail,
     learning_rate,
@@ -76,7 +75,7 @@ def parse_args(argv=None):
     p.add_argument("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
     p.add_argument("--per-step", action="store_true",
                    help="ask the loss of every time-step, not of their mean: better cut short")
-    p.add_argument("--dataset", help="cifar10, cifar100, digits, or a folder (as in --init)")
+    p.add_argument("--dataset", help="cifar10, cifar100, digits, or a folder")
     p.add_argument("--alpha", type=number(float, 0, 1e3),
                    help="weight of the distillation loss, eq. 8")
     p.add_argument("--temperature", type=number(float, 0, 1e3, above=True),
@@ -85,12 +84,12 @@ def parse_args(argv=None):
     add_training_flags(p, out="idsnn.pt")
 
     # the file of --init decides defaults: read it first
-    path = p.first_pass(argv).init
-    init = None
-    if os.path.exists(path) or not asks_help(argv):
-        init = load_checkpoint(path, "init")
-        neuron = {k: init["arch"][k] for k in NEURON}
-        p.set_defaults(dataset=init["config"]["dataset"], **neuron)
+    first, _ = p.parse_known_args(argv)
+    if first.help and not os.path.exists(first.init):
+        p.set_defaults(**dict.fromkeys(["dataset", *NEURON], "as in --init"))
+        return parse_with_recipe(p, argv, RECIPES, DIGITS), None
+    init = load_checkpoint(first.init, "init")
+    p.set_defaults(dataset=init["config"]["dataset"], **{k: init["arch"][k] for k in NEURON})
     return parse_with_recipe(p, argv, RECIPES, DIGITS), init
 
 
@@ -146,7 +145,7 @@ class FiringRates:
         return dict(zip(self.layers, rates))
 
 
-def warnings(rates):
+def firing_warnings(rates):
     """A line on layers that never fire (no gradient passes), one on layers that always do."""
     silent = [name for name, rate in rates.items() if rate == 0]
     if silent:
@@ -160,31 +159,32 @@ def warnings(rates):
 
 # -------------------------------------------------------------------------------------------- main
 def load_teacher(args, init, data):
-    """(network in fp32 on the CPU, its path, its sha256); whatever does not fit is refused."""
-    recorded = init["provenance"]["parents"]["teacher"]
-    path = args.teacher or parent_path(recorded["path"], args.init)
-    if not args.teacher and recorded.get("bare"):
+    """(network in fp32 on the CPU, what is recorded of its file); ends where it does not fit."""
+    parent = init["provenance"]["parents"]["teacher"]
+    path = args.teacher or parent_path(parent["path"], args.init)
+    if not args.teacher and parent.get("bare"):
         fail(f"{args.init} was made from bare weights ({path}), which know no classes: "
              "say --no-kd, or --teacher with a checkpoint of train_teacher.py")
     if not os.path.exists(path) and not args.teacher:
         fail(f"the teacher {path}, named in {args.init}, does not exist: say --teacher, or --no-kd")
     checkpoint, digest = load_checkpoint(path, "teacher"), sha256_file(path)
-    if not args.teacher and digest != recorded["sha256"]:
+    if not args.teacher and digest != parent["sha256"]:
         fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, "
              f"or say --teacher {path}")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
     teacher = ResNet(**checkpoint["arch"])
     load_state(teacher, checkpoint["model"], path, "train it again, or say --no-kd")
-    return teacher.eval().requires_grad_(False), path, digest
+    return teacher, dict(path=path, sha256=digest)
 
 
-def check_fits(data, checkpoint, who, path, remedy):
-    """End where the network in `path` is for other classes or channels than the data have."""
-    arch = checkpoint["arch"]
-    if (arch["num_classes"], arch["in_channels"]) != (len(data.classes), data.shape[0]):
-        fail(f"the {who} in {path} is for {arch['num_classes']} classes and {arch['in_channels']} "
-             f"channels, {data.name} has {len(data.classes)} and {data.shape[0]}: {remedy}")
-    check_classes(data.classes, checkpoint["data"], who, path)
+def frozen(teacher, args, autocast):
+    """The teacher as each step asks it: without gradients, and compiled with --compile."""
+    teacher.eval().requires_grad_(False)
+    if args.precision in ("bf16", "fp16"):  # cast once, not by autocast at every step
+        for m in teacher.modules():
+            if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
+                m.to(autocast.fast_dtype)
+    return torch.compile(teacher) if args.compile else teacher
 
 
 def main(argv=None):
@@ -199,16 +199,8 @@ def main(argv=None):
     parents = dict(init=dict(path=args.init, sha256=sha256_file(args.init), config=init["config"]))
     teacher = None
     if not args.no_kd:
-        teacher, path, digest = load_teacher(args, init, data)
-        parents["teacher"] = dict(path=path, sha256=digest)
-        teacher.to(device, dtype, memory_format=layout)
-        if args.precision in ("bf16", "fp16"):  # cast once, not by autocast at every step
-            half = autocast.fast_dtype
-            for m in teacher.modules():
-                if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
-                    m.to(half)
-        if args.compile:
-            teacher = torch.compile(teacher)
+        teacher, parents["teacher"] = load_teacher(args, init, data)
+        teacher = frozen(teacher.to(device, dtype, memory_format=layout), args, autocast)
     data.to(device, dtype, layout)
     run = TrainingRun("idsnn", args, data, parents)  # finds what an earlier run left
     batches = Batches(data, args)
@@ -229,17 +221,17 @@ def main(argv=None):
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
     # resume: weights, momentum, scaler and history of an interrupted run
-    history = run.restore(model, optimizer, scaler)
+    epochs_done = run.restore(model, optimizer, scaler)
 
     # one training step, over buffers that are made once
-    draw = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
+    plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, accuracy, ce, kd
-    noise = 0  # seed of Poisson spikes, another each epoch
+    noise_seed = 0  # of Poisson spikes, another each epoch
 
     def step():
-        images, labels = batches.cut(draw)                      # (B, C, H, W) uint8, (B,)
+        images, labels = batches.cut(plan)                      # (B, C, H, W) uint8, (B,)
         with autocast:
-            inputs = model.encode(images, data, draw[0], noise)  # (B, ...); spikes: (T, B, ...)
+            inputs = model.encode(images, data, plan[0], noise_seed)  # (B, ...) or (T, B, ...)
             scores = net(inputs).to(dtype)                      # (T, B, K)
             taught = None
             if teacher is not None:  # sees the normalised image, which direct coding has made
@@ -260,28 +252,31 @@ def main(argv=None):
     # loop
     parameters = sum(p.numel() for p in model.parameters())
     impl = choose_impl(torch.empty(0, dtype=dtype, device=device), args.T, None)
+    teaching = "none (--no-kd)"
+    if teacher is not None:
+        path = parents["teacher"]["path"]
+        teaching = f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}"
     run.header(
         student=f"Spiking ResNet-{arch['depth']} ({arch['block']} blocks, width {arch['width']}, "
                 f"{arch['encoder']} encoding), {parameters:,} parameters",
         neuron=f"T {args.T}, decay {args.decay:g}, v_th {args.v_th:g}, lens {args.lens:g}, "
                f"{'reset detached' if args.detach_reset else 'gradient through the reset'}",
         start="fresh weights (--no-init)" if args.no_init else args.init,
-        teacher=f"{path}, alpha {args.alpha:g}, temperature {args.temperature:g}"
-                if teacher is not None else "none (--no-kd)",
+        teacher=teaching,
         loss="of every time-step" if args.per_step else "of the mean over T",
         kernels=impl, data=data)
     with run:
-        for epoch in range(len(history), args.epochs):
+        for epoch in range(epochs_done, args.epochs):
             net.train()
             began = time.time()
             sums.zero_()
-            noise = args.seed * 10_000 + epoch + 1
-            for i, drawn in enumerate(batches.draw(epoch)):
+            noise_seed = args.seed * 10_000 + epoch + 1
+            for i, planned in enumerate(batches.plan(epoch)):
                 rate = learning_rate(args, epoch + (i + 0.5) / batches.steps)
                 lr.fill_(rate)
-                draw.copy_(drawn)
+                plan.copy_(planned)
                 train_step()
-                run.progress(epoch, i + 1, batches.steps, sums)
+                run.progress(epoch, i + 1, batches.steps, sums, began)
             loss, accuracy, ce, kd = run.means(sums, batches.steps)
             trained = time.time() - began
 
@@ -301,7 +296,7 @@ def main(argv=None):
                 images_per_s=batches.steps * args.batch_size / trained,
                 seconds=time.time() - began)
             run.end_epoch(row, arch, model, optimizer, scaler)
-            for line in warnings(rates):
+            for line in firing_warnings(rates):
                 run.console.print(f"[yellow]warning: {line}[/]")
 
         # save: the last weights; then what to run next

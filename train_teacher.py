@@ -9,6 +9,7 @@ From top to bottom: the recipe, the data, the network, main(); below it what all
 """
 import argparse
 import ast
+import errno
 import hashlib
 import inspect
 import io
@@ -17,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import nn
 
 from kernels import BatchNorm2d
@@ -181,10 +183,6 @@ class Images:
         self.offset = 255 * torch.tensor(self.mean, dtype=dtype, device=device).view(-1, 1, 1)
         self.scale = 255 * torch.tensor(self.std, dtype=dtype, device=device).view(-1, 1, 1)
         self.layout = layout
-        # layers of images as small as the digits gain nothing from a second thread, which waits
-        # ten times as long as it works where other programs want the cores
-        if device == torch.device("cpu") and self.shape[1] * self.shape[2] <= 64:
-            torch.set_num_threads(1)
         return self
 
     def normalize(self, x):
@@ -222,23 +220,12 @@ def load_data(dataset, data_dir):
             except (Exception, SystemExit) as error:
                 failure = error
         # the others wait here, and must not wait for one that has failed
-        failed = any(gather(failure is not None))
+        failed = any(all_gather(failure is not None))
         if failure:
             raise failure
         if failed:
             raise SystemExit(1)
-    # folders of the same name need not hold the same
-    if len(set(gather(data.sha256))) > 1:
-        fail(f"--dataset {dataset}: the nodes of this run hold different images", 1)
     return data
-
-
-def gather(value):
-    """The `value` of every process, in the order of their ranks."""
-    values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def load_digits(dataset, data_dir):
@@ -334,14 +321,13 @@ def list_images(folder, skipped):
     """Image files in `folder` and below, sorted; what is hidden or none by name fills `skipped`."""
     from PIL import Image
     images = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            skipped.append(path)
-        elif path.is_dir():
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
             if path.is_symlink():  # it could lead round in a circle
                 raise ValueError(f"{path} is a link to a folder: put the folder in its place")
-            images += list_images(path, skipped)
-        elif path.suffix.lower() not in Image.registered_extensions():
+            continue
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.suffix.lower() not in Image.registered_extensions():
             skipped.append(path)
         elif not path.is_file():
             raise ValueError(f"{path} is a link that points nowhere: mend or remove it")
@@ -452,20 +438,24 @@ class Batches:
         # zeros on the raw pixels, as torchvision's RandomCrop
         self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))
         self.rows, self.cols = (torch.arange(n, device=self.padded.device) for n in (H, W))
+        # layers of images as small as the digits gain nothing from a second thread, which waits
+        # ten times as long as it works where other programs want the cores
+        if not data.train_x.is_cuda and H * W <= 64:
+            torch.set_num_threads(1)
 
-    def draw(self, epoch):
+    def plan(self, epoch):
         """(steps, 4, B / world) int64: index of the image, top and left of its crop, flipped."""
         g = torch.Generator().manual_seed(self.args.seed * 10_000 + epoch)
         n = self.steps * self.args.batch_size
         order = torch.randperm(len(self.data.train_y), generator=g)[:n]
         top, left = torch.randint(2 * self.args.crop_padding + 1, (2, n), generator=g)
         flip = torch.rand(n, generator=g) < (0.5 if self.args.flip else 0.0)
-        draws = torch.stack([order, top, left, flip]).view(4, self.steps, world_size(), -1)
-        return draws[:, :, rank()].transpose(0, 1).to(self.padded.device)
+        plan = torch.stack([order, top, left, flip]).view(4, self.steps, world_size(), -1)
+        return plan[:, :, rank()].transpose(0, 1).to(self.padded.device)
 
-    def cut(self, draw):
+    def cut(self, plan):
         """(4, B) int64 -> uint8 images (B, C, H, W), channels-last, and their labels (B,)."""
-        index, top, left, flip = draw
+        index, top, left, flip = plan
         y = top[:, None] + self.rows                                       # (B, H)
         x = torch.where(flip[:, None] > 0, self.cols.flip(0), self.cols)   # (B, W)
         x = x + left[:, None]
@@ -575,6 +565,11 @@ class ResNet(nn.Module):
         return self.fc(self.features(self.bn1(self.conv1(x))))
 
 
+def default_stem(shape):
+    """--stem auto, for images (C, H, W): small ones keep their size."""
+    return "3x3" if max(shape[1:]) <= 64 else "7x7"
+
+
 def kaiming_(model):
     """He et al. 2015, for the teacher's ReLU; what is fresh in the student keeps PyTorch's own."""
     for m in model.modules():
@@ -615,9 +610,7 @@ def main(argv=None):
 
     # model: drawn on the CPU, so that a seed means the same weights everywhere
     torch.manual_seed(args.seed)
-    stem = args.stem
-    if stem == "auto":
-        stem = "3x3" if max(data.shape[1:]) <= 64 else "7x7"
+    stem = default_stem(data.shape) if args.stem == "auto" else args.stem
     arch = dict(depth=args.depth, num_classes=len(data.classes), in_channels=data.shape[0],
                 width=args.width, stem=stem)
     model = kaiming_(ResNet(**arch)).to(device, dtype, memory_format=layout)
@@ -630,14 +623,14 @@ def main(argv=None):
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
     # resume: weights, momentum, scaler and history of an interrupted run
-    history = run.restore(model, optimizer, scaler)
+    epochs_done = run.restore(model, optimizer, scaler)
 
     # one training step, over buffers that are made once
-    draw = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
+    plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy, over the steps
 
     def step():
-        images, labels = batches.cut(draw)                  # (B, C, H, W) uint8, (B,)
+        images, labels = batches.cut(plan)                  # (B, C, H, W) uint8, (B,)
         with autocast:
             scores = net(data.normalize(images)).to(dtype)  # (B, K)
             loss = F.cross_entropy(scores, labels)
@@ -656,16 +649,16 @@ def main(argv=None):
         teacher=f"ResNet-{args.depth}, width {args.width}, {stem} stem, {parameters:,} parameters",
         data=data)
     with run:
-        for epoch in range(len(history), args.epochs):
+        for epoch in range(epochs_done, args.epochs):
             net.train()
             began = time.time()
             sums.zero_()
-            for i, drawn in enumerate(batches.draw(epoch)):
+            for i, planned in enumerate(batches.plan(epoch)):
                 rate = learning_rate(args, epoch + (i + 0.5) / batches.steps)
                 lr.fill_(rate)
-                draw.copy_(drawn)
+                plan.copy_(planned)
                 train_step()
-                run.progress(epoch, i + 1, batches.steps, sums)
+                run.progress(epoch, i + 1, batches.steps, sums, began)
             loss, accuracy = run.means(sums, batches.steps)
             trained = time.time() - began
 
@@ -686,31 +679,31 @@ def main(argv=None):
 
 # ----------------------------------------------------------------------- shared: flags and errors
 class Parser(argparse.ArgumentParser):
-    """argparse whose error is one line, without the usage; abbreviated flags are refused."""
+    """argparse whose error is one line, without the usage; abbreviated flags are refused.
 
-    class Formatter(argparse.HelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default in (None, argparse.SUPPRESS) or action.nargs == 0
-            return action.help if silent else f"{action.help} (default %(default)s)"
+    Here -h is a flag like others: a first pass, parse_known_args, reads what decides defaults.
+    """
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # no default: the flag says what happens without it
+            silent = action.default is None or action.const is True
+            return action.help if silent else super()._get_help_string(action)
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=self.Formatter, **kwargs)
+        super().__init__(
+            add_help=False, allow_abbrev=False, formatter_class=self.Formatter, **kwargs)
+        self.add_argument("-h", "--help", action="store_true", help="show this and end")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        if args.help:
+            self.print_help()
+            raise SystemExit(0)
+        del args.help
+        return args
 
     def error(self, message):
         fail(message)
-
-    def first_pass(self, argv):
-        """What decides the defaults of the others, read before them; --help waits for these."""
-        argv = sys.argv[1:] if argv is None else argv
-        return self.parse_known_args([a for a in argv if a not in HELP])[0]
-
-
-HELP = {"-h", "--help"}
-
-
-def asks_help(argv):
-    """Whether the command is only asked what it takes: then no file need be there."""
-    return not HELP.isdisjoint(sys.argv[1:] if argv is None else argv)
 
 
 def parse_with_recipe(p, argv, recipes, digits):
@@ -718,7 +711,7 @@ def parse_with_recipe(p, argv, recipes, digits):
 
     So --help shows the values that will run. Ends with one line where flags contradict each other.
     """
-    first = p.first_pass(argv)
+    first, _ = p.parse_known_args(argv)
     recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
     epochs = first.epochs or recipe["epochs"]
     marks = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
@@ -734,6 +727,7 @@ def parse_with_recipe(p, argv, recipes, digits):
     if args.batch_size % world:
         fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} "
              f"processes: give a multiple of {world}")
+    check_writable("out", args.out)
     return args
 
 
@@ -762,9 +756,25 @@ def milestones(text):
     return epochs
 
 
-def fail(message, code=2):
-    """End with one line on stderr: code 2 for the user's mistake, 1 for the environment's."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def check_writable(flag, path):
+    """End before any work where `path` is a folder, or lies in none that can be written."""
+    if rank() > 0:
+        return
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        fail(f"argument --{flag}: cannot write {path} ({error.strerror}): "
+             "give a file in a folder that exists and can be written")
+
+
+def fail(message, code=2, every=False):
+    """End with one line on stderr: code 2 for the user's mistake, 1 for the environment's.
+
+    What all processes find, one of each node says; every: what this one alone has met.
+    """
+    if every or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -776,15 +786,23 @@ def run_script(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        kept = getattr(error, "__notes__", ["the same command starts again"])[-1]
         if rank() == 0:
-            print("interrupted: the same command starts again", file=sys.stderr, flush=True)
+            print(f"interrupted; {kept}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: no other process and no GPU is waited for
+    except OSError as error:  # screen or log: a full disk, a pipe that nobody reads any more
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at its end
+        kept = getattr(error, "__notes__", ["no file was harmed"])[-1]
+        fail(f"cannot write what the run says ({error.strerror}); {kept}", 1)
     except RuntimeError as error:  # want of memory; on CPUs it has no class of its own
         if "allocate" not in str(error):
             raise
         what = str(error).splitlines()[0][:120]
-        fail(f"out of memory ({what}): lower --batch-size, --width or --T", 1)
+        fail(f"rank {rank()} is out of memory ({what}): lower --batch-size, --width or --T", 1,
+             every=True)
     finally:  # a finished result and an error end here too
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -797,6 +815,14 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(value):
+    """The `value` of every process, in the order of their ranks."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def setup(args):
@@ -824,8 +850,13 @@ def setup(args):
             "nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store),
             rank=rank(), world_size=world, timeout=timedelta(hours=2))  # a long download
 
-    if args.precision == "auto":
-        args.precision = native_precision(device)
+    if args.precision == "auto":  # bf16 where it is multiplied as it is: emulated it is slower
+        if cuda:
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        full = "fp16" if cuda else "fp32"
+        args.precision = "bf16" if native else full
     torch.backends.cudnn.benchmark = not args.deterministic
     # fp32 means fp32, not TF32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -838,14 +869,6 @@ def setup(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     dtype = torch.float64 if args.precision == "fp64" else torch.float32
     return device, dtype, autocast, scaler
-
-
-def native_precision(device):
-    """What "auto" means: bf16 where it is multiplied as it is, since emulated it is slower."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
 
 
 def device_name(device):
@@ -912,15 +935,8 @@ FORMAT = 1  # raised when a reader of the old one would misread the new
 STAGES = {"teacher": "train_teacher.py", "init": "transfer_init.py", "idsnn": "train_idsnn.py"}
 
 
-def serialise(payload):
-    """torch.save to memory, so that a full disk is met by plain bytes."""
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    return buffer.getbuffer()
-
-
-def write_atomically(path, content):
-    """Write beside the target, fsync, replace: a kill leaves the old file or the new one."""
+def write_file(path, content, remains="what stood there before is intact"):
+    """Bytes to a file, whole or not at all, even if killed; one line where they find no room."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -928,15 +944,21 @@ def write_atomically(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); {remains}", 1)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint):
-    try:
-        write_atomically(path, serialise(checkpoint))
-    except OSError as error:
-        fail(f"cannot write {path} ({error.strerror}); what stood there before is intact", 1)
+def save_checkpoint(path, checkpoint, **remains):
+    write_file(path, serialise(checkpoint), **remains)
+
+
+def serialise(checkpoint):
+    """torch.save to memory: a disk that is full is met by plain bytes."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
 
 
 def read(path):
@@ -978,22 +1000,15 @@ def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     return checkpoint
 
 
-def load_state(target, state, path, remedy):
-    """target.load_state_dict; ends where the state in `path` is of a network edited since."""
-    try:
-        target.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:160]
-        fail(f"{path} does not fit the network as it is now ({why}): {remedy}")
-
-
 def make_checkpoint(stage, arch, model, args, identity, device, data=None, parents=None,
                     history=()):
     """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
+    # on the CPU, in fp32 (fp64 in an fp64 run)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     best = max(history, key=lambda row: row["test_acc"], default={}).get("epoch")
     versions = dict(python=sys.version.split()[0], torch=str(torch.__version__))
     return dict(
-        format=FORMAT, stage=stage, arch=arch, model=weights(model), config=dict(vars(args)),
+        format=FORMAT, stage=stage, arch=arch, model=weights, config=dict(vars(args)),
         data=data, metrics=dict(history=list(history), best_epoch=best),
         provenance=dict(
             identity=identity, parents=parents or {}, versions=versions,
@@ -1001,9 +1016,13 @@ def make_checkpoint(stage, arch, model, args, identity, device, data=None, paren
             seed=args.seed))
 
 
-def weights(model):
-    """state_dict on the CPU; fp32 (fp64 in an fp64 run)."""
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def load_state(target, state, path, remedy):
+    """target.load_state_dict; ends where the state in `path` is of a network edited since."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:160]
+        fail(f"{path} does not fit the network as it is now ({why}): {remedy}")
 
 
 def sha256_file(path):
@@ -1015,6 +1034,15 @@ def parent_path(recorded, beside):
     """Where a parent recorded in the file `beside` is now: as recorded, else next to that file."""
     moved = Path(beside).parent / Path(recorded).name
     return str(moved) if not os.path.exists(recorded) and moved.exists() else str(recorded)
+
+
+def check_fits(data, checkpoint, who, path, remedy):
+    """End where the network in `path` is for other classes or channels than `data` have."""
+    arch = checkpoint["arch"]
+    if (arch["num_classes"], arch["in_channels"]) != (len(data.classes), data.shape[0]):
+        fail(f"the {who} in {path} is for {arch['num_classes']} classes and {arch['in_channels']} "
+             f"channels, {data.name} has {len(data.classes)} and {data.shape[0]}: {remedy}")
+    check_classes(data.classes, checkpoint["data"], who, path)
 
 
 def check_classes(classes, described, who, path):
@@ -1033,22 +1061,22 @@ NOT_COMPARED = ("out", "fresh", "data_dir", "device", "graph", "dataset", "src",
 
 def run_identity(args, stage, data=None, parents=None):
     """All that decides the result of a run, to tell whether an earlier one was the same."""
+    # this stage's sources and those of the stages before, without comments and spaces
     here, scripts = Path(__file__).parent, list(STAGES.values())
-    used = ["kernels/lif.py", "kernels/bn_lif.py", *scripts[: 1 + scripts.index(STAGES[stage])]]
-    # the syntax tree: comments and spaces don't count
-    trees = {name: ast.dump(ast.parse((here / name).read_bytes())) for name in used}
+    kernels = {f"kernels/{path.name}" for path in (here / "kernels").glob("*.py")}
+    used = sorted(kernels - {"kernels/bench.py"}) + scripts[: 1 + scripts.index(STAGES[stage])]
+    sources = {name: ast.unparse(ast.parse((here / name).read_bytes())) for name in used}
     return dict(
         config={k: v for k, v in vars(args).items() if k not in NOT_COMPARED}, argv=sys.argv[1:],
-        sources={k: hashlib.sha256(tree.encode()).hexdigest() for k, tree in trees.items()},
+        sources={k: hashlib.sha256(text.encode()).hexdigest() for k, text in sources.items()},
         data=data and data.sha256,
         parents={name: parent["sha256"] for name, parent in (parents or {}).items()})
 
 
 def differences(old, new):
     """What differs between two identities, in the user's own flags; edited sources aside."""
-    argv = [*old.get("argv", []), *new["argv"]]
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a[:2] == "--"}
-    given |= {flag.removeprefix("no_") for flag in given}
+    words = " ".join([*old.get("argv", []), *new["argv"]])
+    given = {k for k in new["config"] if f"-{k.replace('_', '-')}" in words}  # --flip, --no-flip
     changed = {k: (old["config"].get(k), v) for k, v in new["config"].items()
                if old["config"].get(k) != v and (k in old["config"] or k in given)}
     # defaults follow from flags: what nobody gave counts only if nothing given differs
@@ -1056,9 +1084,8 @@ def differences(old, new):
     told = [f"--{k.replace('_', '-')} was {changed[k][0]}, is {changed[k][1]}" for k in named]
     if old["data"] != new["data"]:
         told.append("--dataset has other images or labels")
-    for name, digest in new["parents"].items():
-        if old["parents"].get(name) != digest:
-            told.append(f"the {name} is another file")
+    told += [f"the {name} is another file" for name, digest in new["parents"].items()
+             if old["parents"].get(name) != digest]
     return told
 
 
@@ -1071,26 +1098,35 @@ def earlier_run(args, stage, identity):
     if os.path.isfile(args.out) and sha256_file(args.out) in identity["parents"].values():
         fail(f"argument --out: {args.out} is what this run starts from: give another name")
     last = f"{args.out}.last"
+    candidates = [last, args.out]
+    # torchrun starts its workers again with the same command: they go on
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if args.fresh and not restarted:
-        if rank() == 0 and os.path.exists(last):
-            os.unlink(last)
+    if args.fresh:
+        candidates = [last] if restarted else []
+    path = next((path for path in candidates if os.path.exists(path)), None)
+
+    # every process reads for itself: what lies on one node alone would split the run
+    found = path and sha256_file(path), identity["data"], identity["parents"]
+    if any(others != found for others in all_gather(found)):
+        fail(f"{args.out}, its parents or the data differ between the nodes: give paths to a "
+             "folder that all of them share", 1)
+    if args.fresh and not restarted and rank() == 0:
+        Path(last).unlink(missing_ok=True)
+    if path is None:
         return None
-    path = last if os.path.exists(last) else args.out
-    if not os.path.exists(path) or (args.fresh and path == args.out):
-        return None
+
     checkpoint = load_checkpoint(path, stage, remedy="--fresh starts over, another --out keeps it")
     old = checkpoint["provenance"]["identity"]
     if changed := differences(old, identity):
         fail(f"{path} is of another run ({'; '.join(changed)}): "
              "--fresh starts over, another --out keeps both")
-    edited = [k for k, v in identity["sources"].items() if old["sources"].get(k) != v]
+    edited = ", ".join(k for k, v in identity["sources"].items() if old["sources"].get(k) != v)
     if path == last:
-        if edited and rank() == 0:
-            print(f"note: {', '.join(edited)} was edited since {last} was written; going on")
+        if edited:
+            note(f"{edited} was edited since {last} was written; going on")
         return checkpoint
     if edited:
-        fail(f"{path} was made before {', '.join(edited)} was edited: "
+        fail(f"{path} was made before {edited} was edited: "
              "--fresh makes it anew, another --out keeps both")
     if rank() == 0:
         print(f"{path} is finished, by the same command and source: nothing to do "
@@ -1098,15 +1134,31 @@ def earlier_run(args, stage, identity):
     raise SystemExit(0)
 
 
+def open_log(args):
+    """<out>.jsonl, locked for this run alone, in rank 0; None elsewhere."""
+    if rank() > 0:
+        return None
+    try:
+        log = open(f"{args.out}.jsonl", "ab", buffering=0)
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"argument --out: another run is writing {args.out}: wait for it, or give another "
+             "name")
+    except OSError as error:
+        fail(f"argument --out: cannot write {args.out}.jsonl ({error.strerror})")
+    return log
+
+
 class TrainingRun:
-    """What a training run leaves behind, and what it shows.
+    """What a training run leaves behind, and what it shows; rank 0 alone writes and prints.
 
     <out>        the checkpoint, when all epochs are done
     <out>.last   resume state: of every printed epoch, written when writing stays under a fiftieth
                  of the run's time, and else when the run is interrupted; deleted at the end
     <out>.jsonl  a header, then one line an epoch; its lock keeps two runs from writing one file
 
-    Only the process of rank 0 writes and prints. history: one dict an epoch.
+    history: one dict an epoch.
     """
     # an epoch's row on the screen: title, key, format; 80 columns with the student's firing rate
     COLUMNS = (("epoch", "epoch", "d"), ("loss", "loss", ".3f"), ("train %", "train_acc", ".2f"),
@@ -1119,54 +1171,31 @@ class TrainingRun:
             fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} "
                  "training images")
         self.stage, self.args, self.data, self.parents = stage, args, data, parents
-        self.log = self.lock() if rank() == 0 else None
+        self.log = open_log(args)
         self.identity = run_identity(args, stage, data, parents)
         self.earlier = earlier_run(args, stage, self.identity)
         self.history = self.earlier["metrics"]["history"] if self.earlier else []
-        self.resumed = len(self.history)
-        self.pending = None            # resume state not written yet: its epochs, serialised
-        self.written = self.resumed    # epochs that <out>.last holds
-        self.began, self.spent, self.cost = time.time(), 0.0, 0.0  # seconds; in writing; for one
-        self.drawn, self.titled = 0.0, False
-        self.console = Console(quiet=rank() != 0, highlight=False, soft_wrap=True)
+        self.epochs_before = self.saved = len(self.history)  # epochs that <out>.last holds
+        self.pending = None  # (epochs, bytes): the state of a later one, not written yet
+        self.began, self.writing = time.time(), 0.0  # seconds
+        self.console = Screen(quiet=rank() > 0, highlight=False, soft_wrap=True)
         self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]} of {task.total}"), BarColumn(16),
-            TextColumn("{task.fields[status]}"), TimeRemainingColumn(), TextColumn("left"),
+            "{task.description}", BarColumn(16), TimeRemainingColumn(), "left",
             console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task(
-            "", total=args.epochs, completed=self.resumed, epoch=self.resumed + 1, status="")
-
-    def lock(self):
-        """Open the log for this run alone; refuse a folder in which nothing can be written."""
-        out = self.args.out
-        if os.path.isdir(out):
-            fail(f"argument --out: {out} is a folder: give a file")
-        try:
-            log = open(f"{out}.jsonl", "a")
-            if fcntl:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in (out, f"{out}.last"):  # away with what a killed run left
-                open(f"{path}.tmp", "wb").close()
-                os.unlink(f"{path}.tmp")
-        except BlockingIOError:
-            fail(f"argument --out: another run is writing {out}: wait for it, or give another name")
-        except OSError as error:
-            fail(f"argument --out: cannot write {out} ({error.strerror}): "
-                 "give a file in a folder that exists and can be written")
-        return log
+        self.task = self.bar.add_task("", total=args.epochs, completed=self.epochs_before)
+        self.bar_moved = 0.0
 
     def restore(self, model, optimizer, scaler):
-        """Put the state of an interrupted run in place; returns the history so far."""
-        if self.earlier is None:
-            return self.history
-        lr, state = optimizer.param_groups[0]["lr"], self.earlier["resume"]
-        remedy = "--fresh starts over"
-        load_state(model, self.earlier["model"], f"{self.args.out}.last", remedy)
-        load_state(optimizer, state["optimizer"], f"{self.args.out}.last", remedy)
-        optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
-        scaler.load_state_dict(state["scaler"])
-        self.earlier = None
-        return self.history
+        """Put the state of an interrupted run in place; returns how many epochs are done."""
+        if self.earlier:
+            path, remedy = f"{self.args.out}.last", "--fresh starts over"
+            lr, state = optimizer.param_groups[0]["lr"], self.earlier["resume"]
+            load_state(model, self.earlier["model"], path, remedy)
+            load_state(optimizer, state["optimizer"], path, remedy)
+            optimizer.param_groups[0]["lr"] = lr  # the tensor that main() sets, not a copy
+            scaler.load_state_dict(state["scaler"])
+        self.earlier = None  # its tensors are not kept twice
+        return self.epochs_before
 
     def header(self, **facts):
         """Print the facts of the run; write the log anew from the history: no epoch twice."""
@@ -1175,37 +1204,33 @@ class TrainingRun:
         recipe = [*PAPER, "milestones", "seed"] if args.schedule == "step" else [*PAPER, "seed"]
         facts["device"] = f"{device}, {args.precision}, {processes}, torch {torch.__version__}"
         facts["recipe"] = ", ".join(f"{k} {getattr(args, k)}" for k in recipe)
-        if self.resumed:
-            facts["resumed"] = f"{args.out}.last, after epoch {self.resumed}"
+        if self.epochs_before:
+            facts["resumed"] = f"{args.out}.last, after epoch {self.epochs_before}"
         for name, fact in facts.items():
             self.console.print(f"[bold]{name:>10}[/]  {escape(str(fact))}")
         if self.log:
-            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
             self.log.truncate(0)
-            facts = {name: str(fact) for name, fact in facts.items()}
-            for row in [dict(run=facts | dict(command=command)), *self.history]:
-                self.write_log(row)
+        facts["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.write_log(dict(run={name: str(fact) for name, fact in facts.items()}))
+        for row in self.history:
+            self.write_log(row)
 
     def write_log(self, row):
-        try:  # unbuffered: nothing is left that could fail when the file is closed
-            os.write(self.log.fileno(), (json.dumps(row) + "\n").encode())
-        except OSError as error:
-            fail(f"cannot write {self.log.name} ({error.strerror}); the checkpoints are intact: "
-                 "the same command goes on", 1)
+        if self.log:
+            self.log.write((json.dumps(row) + "\n").encode())
 
-    def progress(self, epoch, done, steps, sums):
+    def progress(self, epoch, done, steps, sums, began):
         """Move the bar, at most twice a second: reading `sums` waits for the device."""
         now = time.time()
-        if done == 1:
-            self.epoch_began = now
-        if self.bar.disable or now - self.drawn < 0.5:
+        if self.bar.disable or now - self.bar_moved < 0.5:
             return
-        self.drawn = now
+        self.bar_moved = now
         loss, accuracy = (sums[:2] / done).tolist()
-        speed = (done - 1) * self.args.batch_size / max(now - self.epoch_began, 1e-9)
+        speed = done * self.args.batch_size / (now - began)
         self.bar.update(
-            self.task, completed=epoch + done / steps, epoch=epoch + 1, refresh=True,
-            status=f"loss {loss:.3f}, accuracy {accuracy:.1%}, {speed:,.0f} images/s")
+            self.task, completed=epoch + done / steps, refresh=True,
+            description=f"epoch {epoch + 1} of {self.args.epochs}: loss {loss:.3f}, "
+                        f"accuracy {accuracy:.1%}, {speed:,.0f} images/s")
 
     def means(self, sums, steps):
         """An epoch's sums over its steps -> means over steps and processes."""
@@ -1226,28 +1251,17 @@ class TrainingRun:
             fail(f"{bad[0]} is not finite in epoch {row['epoch']}: try {self.remedies()}", 1)
         self.history.append(row)
         if self.log:
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            content = serialise(self.checkpoint(arch, model) | dict(resume=state))
+            resume = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            content = serialise(self.checkpoint(arch, model) | dict(resume=resume))
             self.pending = len(self.history), content
-            if 50 * (self.spent + self.cost) <= time.time() - self.began:
+            if 50 * self.writing <= time.time() - self.began:
                 self.write_pending()
-            self.write_log(row)
-        columns = [c for c in self.COLUMNS if c[1] in row]
-        if not self.titled:
+        self.write_log(row)
+        columns = [column for column in self.COLUMNS if column[1] in row]
+        if len(self.history) == self.epochs_before + 1:
             self.console.print("  ".join(f"{title:>6}" for title, _, _ in columns), style="bold")
-            self.titled = True
         self.console.print(
             "  ".join(f"{row[key]:>{max(6, len(title))}{form}}" for title, key, form in columns))
-        if self.diverged():
-            self.console.print(f"[yellow]warning: {self.diverged()}[/]")
-
-    def diverged(self):
-        """Words for a test loss far above that of guessing, ln K; "" where all is well."""
-        loss, guessing = self.history[-1]["test_loss"], math.log(len(self.data.classes))
-        if loss < 10 * guessing:
-            return ""
-        return (f"the test loss is {loss:,.0f} where guessing has {guessing:.1f}: "
-                f"try {self.remedies()}")
 
     def remedies(self):
         """What this run can change about a divergence."""
@@ -1264,38 +1278,40 @@ class TrainingRun:
             self.data.describe(), self.parents, self.history)
 
     def write_pending(self):
-        began = time.time()
-        epochs, content = self.pending
+        """<out>.last, if there is an epoch that it does not hold."""
+        if self.pending is None:
+            return
+        began, (epochs, content) = time.time(), self.pending
         try:
-            write_atomically(f"{self.args.out}.last", content)
-        except OSError as error:
-            self.pending = None  # the disk is full: __exit__ need not try again
-            fail(f"cannot write {self.args.out}.last ({error.strerror}); {self.kept()}", 1)
-        self.pending, self.written = None, epochs
-        self.cost = time.time() - began
-        self.spent += self.cost
+            write_file(f"{self.args.out}.last", content, self.kept())
+        except SystemExit:  # no room: not tried again on the way out
+            self.pending = None
+            raise
+        self.pending, self.saved = None, epochs
+        self.writing += time.time() - began
 
     def kept(self):
         """Words for what the same command goes on from."""
-        if not self.written:
+        if not self.saved:
             return "no epoch is kept yet: the same command starts again"
         again = "the same command" + (" without --fresh" if self.args.fresh else "")
-        epochs = "1 epoch" if self.written == 1 else f"{self.written} epochs"
+        epochs = "1 epoch" if self.saved == 1 else f"{self.saved} epochs"
         return f"{self.args.out}.last holds {epochs}: {again} goes on"
 
     def finish(self, arch, model, next_command):
         """Write <out>, delete <out>.last, say what comes next."""
+        last, best = self.history[-1], max(row["test_acc"] for row in self.history)
         if self.log:
-            if self.pending:  # <out> may not find room
-                self.write_pending()
-            save_checkpoint(self.args.out, self.checkpoint(arch, model))
+            self.write_pending()  # <out> may not find room
+            save_checkpoint(self.args.out, self.checkpoint(arch, model), remains=self.kept())
             Path(f"{self.args.out}.last").unlink(missing_ok=True)
-        if self.diverged():
-            fail(f"{self.args.out} was written, but {self.diverged()}", 1)
-        best = max(row["test_acc"] for row in self.history)
+        guessing = math.log(len(self.data.classes))
+        if last["test_loss"] > 10 * guessing:
+            fail(f"{self.args.out} was written, but its test loss is {last['test_loss']:,.0f} "
+                 f"where guessing has {guessing:.1f}: try {self.remedies()}", 1)
         self.console.print(
-            f"{self.args.out}: test accuracy {self.history[-1]['test_acc']:.2f}%, best epoch "
-            f"{best:.2f}%; next: {next_command}")
+            f"{self.args.out}: test accuracy {last['test_acc']:.2f}%, best epoch {best:.2f}%; "
+            f"next: {next_command}")
 
     def __enter__(self):
         self.bar.start()
@@ -1303,17 +1319,19 @@ class TrainingRun:
 
     def __exit__(self, kind, error, trace):
         if kind is KeyboardInterrupt:  # terminal and torchrun both send one: let this one write
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.SIG_IGN)
         self.bar.stop()
+        if error is not None:  # interrupted, out of memory, not finite
+            self.write_pending()
+            error.add_note(self.kept())
         if self.log:
-            if self.pending and kind is not None:  # interrupted, out of memory, not finite
-                self.write_pending()
             self.log.close()
-        if kind is KeyboardInterrupt:
-            if rank() == 0:
-                print(f"interrupted; {self.kept()}", file=sys.stderr, flush=True)
-            os._exit(130)  # at once: no other process and no GPU is waited for
+
+
+class Screen(Console):
+    def on_broken_pipe(self):
+        raise  # rich would end the process without a word
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from train_teacher import (
     Bottleneck,
     Parser,
     ResNet,
-    asks_help,
     check_classes,
+    check_writable,
     earlier_run,
     fail,
     list_folder,
@@ -108,15 +108,16 @@ def parse_args(argv=None):
 
     # the neuron's defaults stand above; width and data are the teacher's
     p.set_defaults(**asdict(Neuron()))
-    src = p.first_pass(argv).src
+    first, _ = p.parse_known_args(argv)
     teacher = None
-    if src and (os.path.isfile(src) or not asks_help(argv)):
-        teacher = load_teacher(src)
+    if first.src and (os.path.isfile(first.src) or not first.help):
+        teacher = load_teacher(first.src)
         p.set_defaults(width=teacher["arch"]["width"],
                        dataset=teacher["config"].get("dataset", "cifar100"))  # elsewhere: unnamed
     args = p.parse_args(argv)
     if not args.src:
         fail("argument --src: is required: the teacher's file")
+    check_writable("out", args.out)
     return args, teacher
 
 

@@ -511,8 +511,7 @@ def worker(rank, folder, attributes):
         folder_own=lambda: load_data(str(own / "set"), own),
         cache_not_kept=lambda: load_data(str(shared / "set"), shared / "file"),
         first_fails=lambda: load_data(str(shared / "nothing"), shared),
-        second_node_fails=lambda: load_data(str(own / "only0"), own),
-        nodes_differ=lambda: load_data(str(own / "differs"), own))
+        second_node_fails=lambda: load_data(str(own / "only0"), own))
     result = {name: observed(load, decoded) for name, load in cases.items()}
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
@@ -524,7 +523,6 @@ def four(cifar, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     for node in ("node0", "node1", "shared"):
         make_folder(folder / node / "set")
-        make_folder(folder / node / "differs", seed=len(node) if node == "node0" else 0)
     make_folder(folder / "node0/only0")
     (folder / "shared/file").write_text("")
     cifar.requests.clear()
@@ -561,5 +559,3 @@ def test_a_failure_ends_every_process_with_one_line(four):
             assert seen["end"] == (2 if process == failing else 1)
             assert len(seen["errors"]) == (1 if process == failing else 0)
         assert missing in four[case][failing]["errors"][0]
-    assert [one["end"] for one in four["nodes_differ"]] == [1] * 4
-    assert "different images" in four["nodes_differ"][0]["errors"][0]

@@ -10,7 +10,7 @@ from test_teacher import make_folder
 import train_idsnn
 import train_teacher
 import transfer_init
-from train_idsnn import FiringRates, distillation, objective, warnings
+from train_idsnn import FiringRates, distillation, firing_warnings, objective
 from train_teacher import load_checkpoint
 from transfer_init import BatchNormLIF, SpikingResNet
 
@@ -85,7 +85,7 @@ def test_firing_rates_count_what_evaluation_sees():
 def test_warnings_name_dead_and_saturated_layers():
     assert list(warnings({"bn1": 0.2, "layer1.0.bn1": 0.999})) == []
     rates = {"bn1": 0.0, "layer1.0.bn1": 0.0, "layer4.1.bn2": 1.0, "layer1.0.bn2": 0.3}
-    dead, saturated = warnings(rates)
+    dead, saturated = firing_warnings(rates)
     assert "bn1 never fires (2 of 4 layers)" in dead and "--v-th" in dead
     assert "layer4.1.bn2 always fires (1 of 4" in saturated and "--v-th" in saturated
 

@@ -5,6 +5,8 @@
 import contextlib
 import errno
 import hashlib
+import io
+import json
 import os
 import platform
 import random
@@ -178,7 +180,7 @@ def call(folder, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            MAIN[script]()
+            train_teacher.run_script(MAIN[script])
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
@@ -355,6 +357,45 @@ def test_a_dying_worker_and_other_numbers_of_processes(call):
             assert torch.dist(value, other) <= 1e-10 * value.norm(), (out, name)
 
 
+def one_of_two_nodes(command):
+    """In a folder that the other node does not see; how it ended goes into end.json."""
+    torch.set_num_threads(1)
+    os.chdir(f"node{os.environ['RANK']}")
+    os.environ["LOCAL_RANK"] = "0"
+    sys.argv = ["train_teacher.py", *command.split()]
+    printed, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(printed):
+        try:
+            train_teacher.main()
+        except SystemExit as end:
+            code = end.code
+    Path("end.json").write_text(json.dumps([code, printed.getvalue()]))
+
+
+@pytest.mark.parametrize("what", ["resume state", "images", "nothing"])
+def test_nodes_that_do_not_hold_the_same_files(call, crash, what):
+    """Rank 0 would go on, rank 1 begin: one run of two networks, and nobody would know."""
+    command = f"{HALF} --out x.pt"
+    crash("train_teacher", command)
+    for node in ("node0", "node1"):
+        shutil.copytree("set", f"{node}/set")
+        shutil.copy("x.pt.last", node)
+    if what == "resume state":
+        os.unlink("node1/x.pt.last")
+    elif what == "images":
+        shutil.copy("node1/set/train/dog/2.png", "node1/set/train/dog/1.png")
+        os.unlink("node0/x.pt.last")
+        os.unlink("node1/x.pt.last")
+    run_processes(2, one_of_two_nodes, command)
+    for node in ("node0", "node1"):
+        code, error = json.loads(Path(node, "end.json").read_text())
+        if what == "nothing":
+            assert code == 0
+        else:
+            assert code == 1 and "x.pt" in error and "differ between the nodes" in error
+            assert error.count("\n") == 1 and not Path(node, "x.pt").exists()
+
+
 def test_fresh_under_torchrun(call, crash, monkeypatch):
     """A restarted worker goes on though the command says --fresh, beside an older result too."""
     crash("train_teacher", f"{TEACHER} --epochs 3 --fresh")  # r34.pt is of a run of one epoch
@@ -388,11 +429,33 @@ def test_a_disk_that_is_full_from_the_start(call, monkeypatch, where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync" if where == "fsync" else "write", no_room)
+        if where == "fsync":
+            patch.setattr(os, "fsync", no_room)
+        else:
+            patch.setattr(train_teacher.TrainingRun, "write_log", no_room)
         result = call("train_teacher", f"{TEACHER} --epochs 2 --out x.pt")
-    name = "x.pt.last" if where == "fsync" else "x.pt.jsonl"
+    name = "x.pt.last" if where == "fsync" else "what the run says"
     assert_refused(result, f"cannot write {name} (No space left on device)", code=1)
     assert [p.name for p in Path(".").glob("x.pt*")] == ["x.pt.jsonl"]
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a pipe that nobody reads"])
+def test_a_screen_that_takes_nothing(folder, where):
+    """As after `| head -3`: one line says what is kept, and no traceback, not even at the end."""
+    if where == "/dev/full":
+        out = os.open(where, os.O_WRONLY)
+    else:
+        read, out = os.pipe()
+        os.close(read)
+    code = f"import sys; sys.argv = 'x.py {TEACHER} --out x.pt --epochs 2'.split(); " \
+           "import train_teacher as t; t.TrainingRun.header = lambda run, **facts: None; " \
+           "t.run_script(t.main)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE,
+                          text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    os.close(out)
+    result = SimpleNamespace(code=done.returncode, error=done.stderr)
+    assert_refused(result, "cannot write", "x.pt.last holds 1 epoch: the same command", code=1)
+    assert epochs_in("x.pt.last") == 1
 
 
 def test_a_full_disk_leaves_an_earlier_result_alone(call):
@@ -461,9 +524,10 @@ def test_a_half_finished_run_of_another_configuration_is_refused_by_the_users_ow
 
 
 def test_what_auto_resolved_to_belongs_to_the_run(call, crash, monkeypatch):
-    monkeypatch.setattr(train_teacher, "native_precision", lambda device: "fp32")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     crash("train_teacher", f"{HALF} --out x.pt")
-    monkeypatch.setattr(train_teacher, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     result = call("train_teacher", f"{HALF} --out x.pt")
     assert_refused(result, "--precision was fp32, is bf16")
     # said by a flag, it is the run that "auto" had begun

@@ -41,7 +41,7 @@ def tiny_data(n=12, size=6, channels=3, classes=3):
 def epoch_of(data, *flags, epoch=0):
     """[(images, labels)] of one epoch."""
     batches = Batches(data, parse_args(["--dataset", "tiny", *flags]))
-    return [batches.cut(draw) for draw in batches.draw(epoch)]
+    return [batches.cut(draw) for draw in batches.plan(epoch)]
 
 
 def test_crops_are_windows_of_the_zero_padded_image_and_flips_their_mirror():
@@ -175,13 +175,18 @@ def test_a_recipe_fills_what_no_flag_says():
 
 
 def test_help_shows_the_values_that_will_run(capsys):
-    for flags, shown in (("", "default 60,120,160"), ("--dataset digits", "default 6,12,16"),
-                         ("--recipe fast --epochs 10", "default 3,6,8")):
+    for flags, marks, nesterov, flip in [
+        ("", "60,120,160", False, True), ("--dataset digits", "6,12,16", False, False),
+        ("--recipe fast --epochs 10", "3,6,8", True, True)]:
         with pytest.raises(SystemExit) as end:
             parse_args([*flags.split(), "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert end.value.code == 0 and shown in text
-        assert ("default 0.25" in text) == ("--" in flags)  # the warm-up
+        assert end.value.code == 0 and f"(default: {marks})" in text
+        assert ("(default: 0.25)" in text) == ("--" in flags)  # the warm-up
+        # on/off flags too, each once
+        assert f"Nesterov's momentum (default: {nesterov})" in text
+        assert f"training images (default: {flip}) --precision" in text
+        assert "replay it (default: True) --compile" in text
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -273,3 +278,15 @@ def test_what_is_not_recorded(flags, device):
     assert train_teacher.recorded(step, args, torch.device(device)) is step
     args = parse_args(["--precision", "bf16"])
     assert train_teacher.recorded(step, args, torch.device("cuda"), on_device=False) is step
+
+
+def test_one_thread_for_tiny_images_in_training_alone():
+    """An evaluation of the digits leaves the threads of what comes after it alone."""
+    torch.set_num_threads(2)
+    try:
+        data = train_teacher.load_data("digits", "data").to(torch.device("cpu"), torch.float32)
+        assert torch.get_num_threads() == 2
+        Batches(data, parse_args(["--dataset", "digits"]))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
