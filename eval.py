@@ -42,7 +42,6 @@ if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
@@ -56,6 +55,7 @@ from train_teacher import (
     Images,
     Parser,
     ResNet,
+    Screen,
     check_fits,
     check_writable,
     fail,
@@ -79,9 +79,9 @@ def parse_args(argv=None):
     p = Parser(description="Stage 4: evaluate checkpoints and compare them.")
     # what to evaluate, and how far
     p.add_argument("checkpoints", nargs="*", metavar="FILE",
-                   help="checkpoints of any stage (default idsnn.pt)")
+                   help="checkpoints of any stage (default: idsnn.pt)")
     p.add_argument("--T", type=time_steps, metavar="T,T,...",
-                   help="time-steps after which to report (default 1, 2, ... to the trained T)")
+                   help="time-steps after which to report (default: 1, 2, ... to the trained T)")
     # on what, and how
     p.add_argument("--dataset",
                    help="cifar10, cifar100, digits, or a folder (default: as in training)")
@@ -120,18 +120,16 @@ def parse_args(argv=None):
             fail(f"argument --{flag}: needs the package {package}: pip install {package}")
 
     # can every output be written? asked now, not after the pass over the test set
-    outputs = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
+    outputs = dict(json=args.json, csv=args.csv, plot=args.plot)
     if args.export:
-        outputs["--export"] = args.export[1]
+        outputs["export"] = args.export[1]
     taken = {os.path.realpath(path) for path in args.checkpoints + (args.predict or [])}
     for flag, path in outputs.items():
-        if not path:
-            continue
-        check_writable(flag, path)
-        if os.path.realpath(path) in taken:
-            fail(f"argument {flag}: {path} is read or written by this command already: "
-                 "give another file")
-        taken.add(os.path.realpath(path))
+        if path:
+            check_writable(flag, path)
+            if os.path.realpath(path) in taken:  # of an input, or of another output
+                fail(f"argument --{flag}: {path} is in use by this command: give another file")
+            taken.add(os.path.realpath(path))
     return args
 
 
@@ -472,19 +470,20 @@ def to_nir(model, shape):
         """A convolution with its batch norm, and the neurons behind it where there are some."""
         C, H, W = nodes[x[0]].output_type["output"]
         c = fuse_conv_bn_eval(conv, bn)
-        c = nir.Conv2d((int(H), int(W)), c.weight.numpy(), c.stride, c.padding, c.dilation,
-                       c.groups, c.bias.numpy())
-        x = add(names[conv], c, x)
+        node = nir.Conv2d((int(H), int(W)), c.weight.numpy(), c.stride, c.padding,
+                          c.dilation, c.groups, c.bias.numpy())
+        x = add(names[conv], node, x)
         if not isinstance(bn, BatchNormLIF):
             return x
-        ones = np.ones(c.output_type["output"], c.weight.dtype)  # NIR has a value per neuron
+        # every neuron has its own constants in NIR: (C, H, W)
+        ones = np.ones(node.output_type["output"], node.weight.dtype)
         fires = dict(v_threshold=bn.neuron.v_th * ones, v_reset=0 * ones)
         leak = 1 - bn.neuron.decay
         if leak == 0:  # tau would be infinite
-            lif = nir.IF(ones / NIR_DT, **fires)
+            node = nir.IF(r=ones / NIR_DT, **fires)
         else:
-            lif = nir.LIF(ones * NIR_DT / leak, ones / leak, 0 * ones, **fires)
-        return add(names[bn], lif, [*x, *residual])
+            node = nir.LIF(tau=ones * NIR_DT / leak, r=ones / leak, v_leak=0 * ones, **fires)
+        return add(names[bn], node, [*x, *residual])
 
     # stem and blocks
     x = layer(["input"], model.conv1, model.bn1)
@@ -494,9 +493,11 @@ def to_nir(model, shape):
         shortcut = x
         if not isinstance(block.downsample, nn.Identity):
             shortcut = layer(x, *block.downsample)
-        x, last = layer(x, block.conv1, block.bn1), (block.conv2, block.bn2)
+        x = layer(x, block.conv1, block.bn1)
+        last = block.conv2, block.bn2
         if isinstance(block, Bottleneck):
-            x, last = layer(x, *last), (block.conv3, block.bn3)
+            x = layer(x, *last)
+            last = block.conv3, block.bn3
         if isinstance(block, (SEWBasicBlock, SEWBottleneck)):
             x = layer(x, *last) + shortcut  # LIF before the add
         else:
@@ -540,7 +541,7 @@ def export_nir(path, model, shape):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype, autocast, _ = setup(args)
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     if not console.is_terminal:
         console.width = 200  # columns: a file or a pipe has room for long names
 

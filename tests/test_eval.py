@@ -222,7 +222,7 @@ def test_nothing_is_cut_from_a_table(run, capsys):
 def test_help_names_the_default_as_one_types_it(capsys):
     with pytest.raises(SystemExit):
         stage4.parse_args(["--help"])
-    assert "(default idsnn.pt)" in " ".join(capsys.readouterr().out.split())
+    assert "(default: idsnn.pt)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_teacher_and_untrained_network_evaluate_too(run):
@@ -417,6 +417,7 @@ def test_mistakes_cost_one_line_and_overwrite_nothing(refused, trained, monkeypa
             ("--plot fig.txt", "--plot"), ("--export onnx x", "--export"),
             ("idsnn.pt base.pt --export nir x", "--export"), ("r.pt --export nir x", "--export"),
             ("bare.pt --export nir x", "bare.pt"), ("bare.pt --predict text.png", "bare.pt"),
+            ("--recorded --predict text.png", "--predict"),
             ("--predict text.png", "text.png"), ("--predict none.png", "none.png"),
             ("init.pt --recorded --plot new.png", "nothing to draw"),
             ("--dataset cifar", "--dataset"), ("--batch-size 0", "--batch-size"),
