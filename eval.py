@@ -111,8 +111,10 @@ def parse_args(argv=None):
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("runs as one process: call it without torchrun")
-    if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
-        fail("argument --export: takes the word nir, a file to write, and one checkpoint")
+    alone = len(args.checkpoints) == 1 and not (args.json or args.csv or args.plot)
+    if args.export and not (args.export[0] == "nir" and alone):
+        fail("argument --export: takes the word nir, a file to write, and one checkpoint; "
+             "nothing else is written")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         fail(f"argument --plot: {args.plot}: must end in .png, .pdf or .svg")
     for flag, package in (("plot", "matplotlib"), ("export", "nir")):
@@ -270,7 +272,7 @@ def evaluate_over_time(run, model, data, steps, batch_size, console):
             sums[i] += torch.stack([correct.sum(), loss])
         correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
 
-    layers, rows = operations.read(), []
+    layers, rows = operations.read(), []  # rows: one for each number of steps
     for t, (accuracy, loss) in zip(steps, (sums / N).tolist()):
         rows.append(dict(T=t, accuracy=100 * accuracy, loss=loss) | energy(layers, t))
     by_class = 100 * correct_by_class / torch.bincount(data.test_y, minlength=K)
@@ -285,14 +287,14 @@ def read_images(paths, described):
     C, H, W = described["shape"]
     pixels = []
     for path in paths:
-        try:
+        try:  # Pillow knows grey without a channel: (H, W, 1) -> (H, W)
             picture = Image.fromarray(read_image(path).squeeze())
         except ValueError as error:
             fail(f"argument --predict: {error}")
         picture = picture.convert("L" if C == 1 else "RGB").resize((W, H))
         pixels.append(torch.from_numpy(np.array(picture)).view(H, W, C))
-    x = torch.stack(pixels)
-    y = torch.zeros(len(x), dtype=torch.int64)  # not known
+    x = torch.stack(pixels)                        # uint8 (N, H, W, C)
+    y = torch.zeros(len(x), dtype=torch.int64)     # not known
     return Images("--predict", described["classes"], x, y, x, y)
 
 
@@ -353,25 +355,26 @@ def measured(run):
             for step in run["steps"]]
 
 
-def show(console, title, rows):
-    """Dicts of one layout as a table; a dash for what is not known."""
+def show(console, title, rows, *notes):
+    """Dicts of one layout as a table, lines below it; a dash for what is not known."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, value in rows[0].items():
-        # what is too wide goes on in the next line: nothing is cut
         justify = "left" if isinstance(value, str) else "right"
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(name, justify=justify, overflow="fold")  # too wide: folded, never cut
     for row in rows:
         cells = []
         for value in row.values():
             if value is None or value != value:  # NaN is not itself
                 cells.append("-")
-            elif isinstance(value, float):
+            elif isinstance(value, float):  # three digits that count, or two decimals
                 cells.append(f"{value:,.2f}" if value >= 1 else f"{value:.3g}")
             else:
                 cells.append(escape(str(value)))
         table.add_row(*cells)
     console.print(title, style="bold", markup=False)
     console.print(table)
+    for note in notes:
+        console.print(note, markup=False)
     console.print()
 
 
@@ -405,11 +408,12 @@ def plot(path, runs):
     tested = any("steps" in run for run in runs)
     if not trained and not tested:
         fail("argument --plot: nothing to draw: no run here was trained or evaluated")
+    # over epochs, where training left a history; below it over time-steps, where there was a pass
     rows = trained + tested
     figure = Figure((8.3, 3.2 * rows + 0.6), layout="constrained")  # inches: the width of a page
     axes = figure.subplots(rows, 2, squeeze=False)
 
-    legend = []
+    legend = []  # each run once, though it has up to six curves
     for i, run in enumerate(runs):
         thick, thin = dict(color=f"C{i}", marker="."), dict(color=f"C{i}", linewidth=0.5)
         label = f"{run['name']}: {run['network']} {run['method']}"
@@ -505,8 +509,8 @@ def to_nir(model, shape):
 
     # mean over pixels, and classifier
     C, H, W = nodes[x[0]].output_type["output"]
-    size, nothing = np.array([H, W]), np.array([0, 0])
-    x = add("avgpool", nir.AvgPool2d(size, size, nothing), x)
+    size = np.array([H, W])  # of the one window, and of its stride
+    x = add("avgpool", nir.AvgPool2d(size, size, padding=np.array([0, 0])), x)
     # counted from the end, so that it leaves a reader's batch dimension alone
     x = add("flatten", nir.Flatten(np.array([C, 1, 1]), start_dim=-3), x)
     x = add("fc", nir.Affine(model.fc.weight.numpy(), model.fc.bias.numpy()), x)
@@ -522,19 +526,18 @@ def to_nir(model, shape):
 
 
 def export_nir(path, model, shape):
-    """Write the NIR graph -> lines on what NIR leaves open, and which readers refuse the file."""
+    """Write the NIR graph; say what NIR leaves open, and which readers refuse the file."""
     import nir
     content, neuron = io.BytesIO(), model.neuron
     nir.write(content, to_nir(model, shape))
     write_file(path, content.getvalue())
     feed = "the normalised image" if model.encoder == "direct" else "Poisson spikes"
-    notes = [f"{path}: feed {feed} at each of {neuron.T} forward Euler steps of {NIR_DT:g} s;",
-             "the answer is the mean of `output` over them."]
+    print(f"{path}: feed {feed} at each of {neuron.T} forward Euler steps of {NIR_DT:g} s;\n"
+          "the answer is the mean of `output` over them")
     if neuron.decay == 0:
-        notes.append("SpikingJelly refuses decay 0")
+        print("SpikingJelly refuses decay 0")
     if neuron.decay == 1:
-        notes.append("snnTorch refuses decay 1")
-    return notes
+        print("snnTorch refuses decay 1")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -554,24 +557,29 @@ def main(argv=None):
         load_state(model, checkpoint["model"], path, "make it again")
         run = describe(path, checkpoint)
         if args.T and run["T"]:
-            model.neuron.T = args.T[-1]
+            model.neuron.T = args.T[-1]  # the run of the most steps holds the others
         if (args.predict or args.export) and "mean" not in run["data"]:
             fail(f"{path} was not trained on the data that it is meant for, whose mean and "
                  "deviation it records: train it first")
         models.append(model.to(device, dtype).eval())
         runs.append(run)
+    # of a teacher among others --T is not asked
     if (args.T or args.export) and not any(run["T"] for run in runs):
         flag = "--T" if args.T else "--export"
         fail(f"argument {flag}: {path} is a teacher, a network without time-steps")
 
-    # data, all of them before the first pass: test sets, or the user's images
-    on_test_set = not (args.recorded or args.predict or args.export)
+    # --export: there is nothing to evaluate
+    if args.export:
+        export_nir(args.export[1], models[0].cpu(), runs[0]["data"]["shape"])
+        return
+
+    # data, all of them before the first pass: the user's images, or test sets
     load_once = cache(load_data)  # runs may share a data set
     data = []
     for run in runs:
         if args.predict:
             data.append(read_images(args.predict, run["data"]))
-        if on_test_set:
+        elif not args.recorded:
             folder = args.data_dir or run["config"].get("data_dir", "data")
             images = load_once(args.dataset or run["config"]["dataset"], folder)
             check_fits(images, run, "network", run["file"], "give its own with --dataset")
@@ -595,44 +603,40 @@ def main(argv=None):
 
     # files before the screen: nothing there can lose them
     rows = compare(runs)
-    notes = []  # the screen's last lines
     if args.json:
         write_json(args.json, args, runs, rows)
     if args.csv:
         write_csv(args.csv, runs, rows)
     if args.plot:
         plot(args.plot, runs)
-    if args.export:
-        notes += export_nir(args.export[1], models[0].cpu(), runs[0]["data"]["shape"])
 
     # the screen: predictions, or how the runs compare
     if args.predict:
         for run in runs:
             C, H, W = run["data"]["shape"]
             show(console, f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
-    if args.recorded or on_test_set:
-        show(console, "training recorded", rows)
-        if len(runs) > 1 and any(row["to_base"] for row in rows):
-            notes += ["to_base: the first epoch that reaches the best of all baselines here",
-                      "sooner: the epoch at which that baseline had it, over to_base"]
-    if on_test_set:
-        title = f"on the test set ({device}, {args.precision})"
-        show(console, title, [row for run in runs for row in measured(run)])
-        notes.append(f"energy per image: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC; "
-                     "see eval.py")
+        return
+    show(console, "training recorded", rows,
+         "to_base: the first epoch that reaches the best of all baselines here",
+         "sooner: the epoch at which that baseline had it, over to_base")
+    if args.recorded:
+        return
+    show(console, f"on the test set ({device}, {args.precision})",
+         [row for run in runs for row in measured(run)],
+         f"energy of an image at {PJ_PER_AC} pJ per AC, {PJ_PER_MAC} per MAC: see eval.py")
 
     # of one run alone there is room for layers and classes
-    if on_test_set and len(runs) == 1:
+    if len(runs) == 1:
         firing, by_class = run["firing"], run["class_accuracy"]
-        if firing:
+        if firing:  # a teacher has no spikes
             show(console, f"firing rates over {steps[-1]} time-steps",
                  [{"layer": name, "%": 100 * rate} for name, rate in firing.items()])
         worst = sorted(by_class, key=by_class.get)[:3]
         show(console, "worst classes", [{"class": k, "accuracy": by_class[k]} for k in worst])
+    for run in runs:
         if run["data"].get("sha256") not in (None, run["evaluated_on"]["sha256"]):
-            notes.append(f"note: trained beside other images ({run['data']['name']})")
-    for note in notes:
-        console.print(note, markup=False)
+            console.print(f"note: {run['name']} was trained beside other images "
+                          f"({run['data']['name']})", markup=False)
 
 
 if __name__ == "__main__":
