@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -86,7 +87,8 @@ def parse_args(argv=None):
     # the file of --init decides defaults: read it first
     first, _ = p.parse_known_args(argv)
     if first.help and not os.path.exists(first.init):
-        p.set_defaults(**dict.fromkeys(["dataset", *NEURON], "as in --init"))
+        inherited = Path("as in --init")  # only shown; argparse would parse a text
+        p.set_defaults(**dict.fromkeys(["dataset", *NEURON], inherited))
         return parse_with_recipe(p, argv, RECIPES, DIGITS), None
     init = load_checkpoint(first.init, "init")
     p.set_defaults(dataset=init["config"]["dataset"], **{k: init["arch"][k] for k in NEURON})
@@ -251,7 +253,7 @@ def main(argv=None):
 
     # loop
     parameters = sum(p.numel() for p in model.parameters())
-    impl = choose_impl(torch.empty(0, dtype=dtype, device=device), args.T, None)
+    impl = choose_impl(model.fc.weight, args.T, None)
     teaching = "none (--no-kd)"
     if teacher is not None:
         path = parents["teacher"]["path"]
@@ -297,7 +299,7 @@ def main(argv=None):
                 seconds=time.time() - began)
             run.end_epoch(row, arch, model, optimizer, scaler)
             for line in firing_warnings(rates):
-                run.console.print(f"[yellow]warning: {line}[/]")
+                run.say(f"warning: {line}")
 
         # save: the last weights; then what to run next
         run.finish(arch, model, f"python eval.py {args.out}")

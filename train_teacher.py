@@ -34,8 +34,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import nn
 
@@ -187,6 +185,7 @@ class Images:
 
     def normalize(self, x):
         """uint8 (B, C, H, W) -> zero mean and unit variance a channel over the training set."""
+        # in the network's own memory format: the images' would be kept by all that follows
         return ((x - self.offset) / self.scale).clone(memory_format=self.layout)
 
     def describe(self):
@@ -1000,8 +999,7 @@ def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     return checkpoint
 
 
-def make_checkpoint(stage, arch, model, args, identity, device, data=None, parents=None,
-                    history=()):
+def make_checkpoint(stage, arch, model, args, identity, data, parents=None, history=()):
     """The contract between stages: a plain dict of tensors, numbers, strings, lists and dicts."""
     # on the CPU, in fp32 (fp64 in an fp64 run)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -1012,8 +1010,8 @@ def make_checkpoint(stage, arch, model, args, identity, device, data=None, paren
         data=data, metrics=dict(history=list(history), best_epoch=best),
         provenance=dict(
             identity=identity, parents=parents or {}, versions=versions,
-            device=device_name(device), argv=sys.argv[1:], world_size=world_size(),
-            seed=args.seed))
+            device=device_name(next(model.parameters()).device), argv=sys.argv[1:],
+            world_size=world_size(), seed=args.seed))
 
 
 def load_state(target, state, path, remedy):
@@ -1178,10 +1176,9 @@ class TrainingRun:
         self.epochs_before = self.saved = len(self.history)  # epochs that <out>.last holds
         self.pending = None  # (epochs, bytes): the state of a later one, not written yet
         self.began, self.writing = time.time(), 0.0  # seconds
-        self.console = Screen(quiet=rank() > 0, highlight=False, soft_wrap=True)
         self.bar = Progress(
-            "{task.description}", BarColumn(16), TimeRemainingColumn(), "left",
-            console=self.console, transient=True, disable=not self.console.is_terminal)
+            "{task.description}", BarColumn(16), TimeRemainingColumn(), "left", transient=True,
+            disable=rank() > 0 or not sys.stdout.isatty())
         self.task = self.bar.add_task("", total=args.epochs, completed=self.epochs_before)
         self.bar_moved = 0.0
 
@@ -1207,7 +1204,7 @@ class TrainingRun:
         if self.epochs_before:
             facts["resumed"] = f"{args.out}.last, after epoch {self.epochs_before}"
         for name, fact in facts.items():
-            self.console.print(f"[bold]{name:>10}[/]  {escape(str(fact))}")
+            self.say(f"{name:>10}  {fact}")
         if self.log:
             self.log.truncate(0)
         facts["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -1259,9 +1256,14 @@ class TrainingRun:
         self.write_log(row)
         columns = [column for column in self.COLUMNS if column[1] in row]
         if len(self.history) == self.epochs_before + 1:
-            self.console.print("  ".join(f"{title:>6}" for title, _, _ in columns), style="bold")
-        self.console.print(
-            "  ".join(f"{row[key]:>{max(6, len(title))}{form}}" for title, key, form in columns))
+            self.say("  ".join(f"{title:>6}" for title, _, _ in columns))
+        self.say("  ".join(
+            f"{row[key]:>{max(6, len(title))}{form}}" for title, key, form in columns))
+
+    def say(self, text):
+        """A line on the screen, above the bar."""
+        if rank() == 0:
+            print(text, flush=True)
 
     def remedies(self):
         """What this run can change about a divergence."""
@@ -1274,8 +1276,8 @@ class TrainingRun:
 
     def checkpoint(self, arch, model):
         return make_checkpoint(
-            self.stage, arch, model, self.args, self.identity, self.data.train_x.device,
-            self.data.describe(), self.parents, self.history)
+            self.stage, arch, model, self.args, self.identity, self.data.describe(),
+            self.parents, self.history)
 
     def write_pending(self):
         """<out>.last, if there is an epoch that it does not hold."""
@@ -1309,7 +1311,7 @@ class TrainingRun:
         if last["test_loss"] > 10 * guessing:
             fail(f"{self.args.out} was written, but its test loss is {last['test_loss']:,.0f} "
                  f"where guessing has {guessing:.1f}: try {self.remedies()}", 1)
-        self.console.print(
+        self.say(
             f"{self.args.out}: test accuracy {last['test_acc']:.2f}%, best epoch {best:.2f}%; "
             f"next: {next_command}")
 
@@ -1327,11 +1329,6 @@ class TrainingRun:
             error.add_note(self.kept())
         if self.log:
             self.log.close()
-
-
-class Screen(Console):
-    def on_broken_pipe(self):
-        raise  # rich would end the process without a word
 
 
 if __name__ == "__main__":

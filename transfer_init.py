@@ -617,8 +617,7 @@ def main(argv=None):
         fail(f"{args.src}: {error}")
 
     # save; the next stage reads all it needs to know from this file
-    device = torch.device("cpu")
-    checkpoint = make_checkpoint("init", arch, student, args, identity, device, data, parents)
+    checkpoint = make_checkpoint("init", arch, student, args, identity, data, parents)
     save_checkpoint(args.out, checkpoint)
 
     # what was done, layer by layer, and what comes next

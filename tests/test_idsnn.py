@@ -83,7 +83,7 @@ def test_firing_rates_count_what_evaluation_sees():
 
 
 def test_warnings_name_dead_and_saturated_layers():
-    assert list(warnings({"bn1": 0.2, "layer1.0.bn1": 0.999})) == []
+    assert list(firing_warnings({"bn1": 0.2, "layer1.0.bn1": 0.999})) == []
     rates = {"bn1": 0.0, "layer1.0.bn1": 0.0, "layer4.1.bn2": 1.0, "layer1.0.bn2": 0.3}
     dead, saturated = firing_warnings(rates)
     assert "bn1 never fires (2 of 4 layers)" in dead and "--v-th" in dead
@@ -166,7 +166,8 @@ def test_a_recipe_fills_what_no_flag_says(stages, monkeypatch):
 
 def test_help_shows_what_init_says(stages, monkeypatch, capsys):
     monkeypatch.chdir(stages)
-    for flags, shown in (("", "time-steps (default 3)"), ("--init none.pt", "time-steps --decay")):
+    for flags, shown in (("", "time-steps (default: 3)"),
+                         ("--init none.pt", "time-steps (default: as in --init) --decay")):
         with pytest.raises(SystemExit) as end:
             train_idsnn.parse_args([*flags.split(), "--help"])
         assert end.value.code == 0 and shown in " ".join(capsys.readouterr().out.split())
