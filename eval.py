@@ -31,6 +31,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections import defaultdict
 from functools import cache, partial
 from operator import itemgetter
@@ -42,9 +43,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -55,7 +54,6 @@ from train_teacher import (
     Images,
     Parser,
     ResNet,
-    Screen,
     check_fits,
     check_writable,
     fail,
@@ -250,19 +248,19 @@ def scores_over_time(run, model, data, start, stop):
 
 
 @torch.no_grad()
-def evaluate_over_time(run, model, data, steps, batch_size, console):
+def evaluate_over_time(run, model, data, steps, batch_size):
     """One pass over the test set -> what it shows after each number of time-steps in `steps`.
 
     The neuron is causal, so a run of the most steps holds all shorter ones: the answer after t
     steps is the mean of the first t class scores.
     """
     device, N, K = data.test_y.device, len(data.test_y), len(data.classes)
-    # sums over images, read once at the end: no batch waits for the host
+    # sums over images
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=device)  # correct, loss
     correct_by_class = torch.zeros(K, device=device)
     operations, firing = OperationCounter(model, steps[-1]), FiringRates(model)
-    for start in track(range(0, N, batch_size), run["file"], console=console,
-                       transient=True, disable=not console.is_terminal):
+    for start in track(range(0, N, batch_size), run["file"], transient=True,
+                       disable=not sys.stdout.isatty()):
         y = data.test_y[start: start + batch_size]
         scores = scores_over_time(run, model, data, start, start + batch_size)
         for i, t in enumerate(steps):
@@ -355,27 +353,24 @@ def measured(run):
             for step in run["steps"]]
 
 
-def show(console, title, rows, *notes):
-    """Dicts of one layout as a table, lines below it; a dash for what is not known."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, value in rows[0].items():
-        justify = "left" if isinstance(value, str) else "right"
-        table.add_column(name, justify=justify, overflow="fold")  # too wide: folded, never cut
-    for row in rows:
-        cells = []
-        for value in row.values():
-            if value is None or value != value:  # NaN is not itself
-                cells.append("-")
-            elif isinstance(value, float):  # three digits that count, or two decimals
-                cells.append(f"{value:,.2f}" if value >= 1 else f"{value:.3g}")
-            else:
-                cells.append(escape(str(value)))
-        table.add_row(*cells)
-    console.print(title, style="bold", markup=False)
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False)
-    console.print()
+def show(title, rows, *notes):
+    """Dicts of one layout as a table, as wide as it has to be, and lines below it."""
+    def text(value):
+        if value is None or value != value:  # not known; NaN is not itself
+            return "-"
+        if isinstance(value, float):  # two decimals, or three digits that count
+            return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
+        return str(value)
+
+    lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    # words to the left, numbers to the right
+    align = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
+    print(title)
+    for line in lines:
+        cells = [f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths)]
+        print(" ".join(cells).rstrip())
+    print(*notes, "", sep="\n")
 
 
 def write_json(path, args, runs, rows):
@@ -544,9 +539,6 @@ def export_nir(path, model, shape):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype, autocast, _ = setup(args)
-    console = Screen(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # columns: a file or a pipe has room for long names
 
     # checkpoints of any stage, and the networks in them
     runs, models = [], []
@@ -599,7 +591,7 @@ def main(argv=None):
             if args.predict:
                 run["predictions"] = predict(run, model, images, args.predict, steps)
             else:
-                run |= evaluate_over_time(run, model, images, steps, args.batch_size, console)
+                run |= evaluate_over_time(run, model, images, steps, args.batch_size)
 
     # files before the screen: nothing there can lose them
     rows = compare(runs)
@@ -614,14 +606,14 @@ def main(argv=None):
     if args.predict:
         for run in runs:
             C, H, W = run["data"]["shape"]
-            show(console, f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
+            show(f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
         return
-    show(console, "training recorded", rows,
+    show("training recorded", rows,
          "to_base: the first epoch that reaches the best of all baselines here",
          "sooner: the epoch at which that baseline had it, over to_base")
     if args.recorded:
         return
-    show(console, f"on the test set ({device}, {args.precision})",
+    show(f"on the test set ({device}, {args.precision})",
          [row for run in runs for row in measured(run)],
          f"energy of an image at {PJ_PER_AC} pJ per AC, {PJ_PER_MAC} per MAC: see eval.py")
 
@@ -629,14 +621,13 @@ def main(argv=None):
     if len(runs) == 1:
         firing, by_class = run["firing"], run["class_accuracy"]
         if firing:  # a teacher has no spikes
-            show(console, f"firing rates over {steps[-1]} time-steps",
+            show(f"firing rates over {steps[-1]} time-steps",
                  [{"layer": name, "%": 100 * rate} for name, rate in firing.items()])
         worst = sorted(by_class, key=by_class.get)[:3]
-        show(console, "worst classes", [{"class": k, "accuracy": by_class[k]} for k in worst])
+        show("worst classes", [{"class": k, "accuracy": by_class[k]} for k in worst])
     for run in runs:
         if run["data"].get("sha256") not in (None, run["evaluated_on"]["sha256"]):
-            console.print(f"note: {run['name']} was trained beside other images "
-                          f"({run['data']['name']})", markup=False)
+            print(f"note: {run['name']} was trained beside other images ({run['data']['name']})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from test_teacher import make_folder
 from torch import nn
 
@@ -205,18 +204,10 @@ def test_one_screen_within_80_columns(run):
     assert [float(line.split()[1]) for line in worst] == pytest.approx(lowest, abs=0.01)
 
 
-def test_nothing_is_cut_from_a_table(run, capsys):
-    # a file has room for a long name, in one line
+def test_nothing_is_cut_from_a_table(run):
     name = "a_long_name_" * 8
     shutil.copy("idsnn.pt", f"{name}.pt")
-    assert f"{name} " in run(f"{name}.pt --recorded")[0]
-    # a narrow terminal has not: there it goes on in the next line
-    screen = io.StringIO()
-    stage4.show(Console(file=screen, width=30), "", [dict(run=name, accuracy=12.5, T=4)])
-    for row in screen.getvalue().splitlines():
-        assert len(row) <= 30
-    assert "".join(line[:20].split(" ")[0] for line in screen.getvalue().splitlines()[2:]) == name
-    assert "12.50" in screen.getvalue()
+    assert run(f"{name}.pt")[0].count(f"{name} ") == 3  # the recorded row, and one for each step
 
 
 def test_help_names_the_default_as_one_types_it(capsys):
