@@ -22,7 +22,7 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -207,8 +207,8 @@ def load_data(dataset, data_dir):
     of each other node, which finds that in a shared folder or makes its own; then all others.
     Data that are not there or do not fit end every process, with one line.
     """
-    load = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar}
-    load = load.get(dataset, load_folder)
+    named = dict(digits=load_digits, cifar10=load_cifar, cifar100=load_cifar)
+    load = named.get(dataset, load_folder)
     # 0: the first process of the run, 1: the first ones of other nodes, 2: all others
     turn = (rank() > 0) + (int(os.environ.get("LOCAL_RANK", 0)) > 0)
     data, failure = None, None
@@ -267,11 +267,8 @@ def load_folder(dataset, data_dir):
             names = ", ".join(str(path.relative_to(root)) for path in skipped[:3])
             note(f"--dataset {dataset}: skipped {len(skipped)}, not images by name: {names}")
         files = [path for split in (train, test) for paths in split.values() for path in paths]
-        cache = data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz"
-        x = read_cache(cache)
-        if x is None:  # threads cannot end the process, so all of this raises, and ends below
-            x = decode(files)
-            write_cache(cache, x)
+        # threads cannot end the process, so all of this raises, and ends below
+        x = decode_once(files, data_dir / f"{root.resolve().name}-{fingerprint(files)}.npz")
     except (OSError, ValueError) as error:
         fail(f"--dataset {dataset}: {error}")
     x, labels = torch.from_numpy(x), torch.arange(len(train))  # (N, H, W, C), (K,)
@@ -300,19 +297,17 @@ def list_folder(root, skipped):
         if not (root / split).is_dir():
             raise ValueError(f"it has no folder {split}/: images belong in {layout}")
         for path in sorted((root / split).iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                found[path.name] = list_images(path, skipped)
-            else:
+            if not path.is_dir() or path.name.startswith("."):
                 skipped.append(path)
+                continue
+            found[path.name] = list_images(path, skipped)
+            if not found[path.name]:
+                raise ValueError(f"class {path.name!r} has no images in {split}/")
     # labels are places in the list of classes: one list for both
-    if train.keys() != test.keys():
-        odd = min(train.keys() ^ test.keys())
-        raise ValueError(f"train/ and {held_out}/ differ in the class {odd!r}")
+    if odd := train.keys() ^ test.keys():
+        raise ValueError(f"train/ and {held_out}/ differ in the class {min(odd)!r}")
     if len(train) < 2:
         raise ValueError(f"needs two classes or more, found {len(train)} in train/")
-    for split, found in (("train", train), (held_out, test)):
-        if empty := [name for name, paths in found.items() if not paths]:
-            raise ValueError(f"class {empty[0]!r} has no images in {split}/")
     return train, test
 
 
@@ -347,29 +342,27 @@ def fingerprint(files):
     return seen.hexdigest()[:12]
 
 
-def read_cache(path):
-    """The decoded images at `path`, or None."""
+def decode_once(files, cache):
+    """decode(files), kept in the file `cache` for the next run."""
     try:
-        with np.load(path) as arrays:  # zipped, so with a checksum
+        with np.load(cache) as arrays:  # zipped, so with a checksum
             return arrays["images"]
-    except Exception:  # absent, or damaged in one of many ways: decoded again
-        return None
-
-
-def write_cache(path, x):
-    """Straight to disk, since a copy in memory may not fit; under its name only when complete."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    except Exception:  # absent, or damaged in one of many ways
+        x = decode(files)
+    # straight to disk, since a copy in memory may not fit; under its name only when complete
+    temporary = Path(f"{cache}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, images=x)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, images=x)
+        temporary.replace(cache)
     except OSError as error:
-        note(f"the decoded images were not kept in {path} ({error.strerror}); "
+        note(f"the decoded images were not kept in {cache} ({error.strerror}); "
              "the next run decodes them again")
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return x
 
 
 def decode(files):
@@ -722,10 +715,9 @@ def parse_with_recipe(p, argv, recipes, digits):
         fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
     if args.nesterov and not args.momentum:
         fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        fail(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} "
-             f"processes: give a multiple of {world}")
+    if args.batch_size % world_size():
+        fail(f"argument --batch-size: {args.batch_size}: must be a multiple of {world_size()}, "
+             "the number of processes")
     check_writable("out", args.out)
     return args
 
@@ -799,9 +791,8 @@ def run_script(main):
     except RuntimeError as error:  # want of memory; on CPUs it has no class of its own
         if "allocate" not in str(error):
             raise
-        what = str(error).splitlines()[0][:120]
-        fail(f"rank {rank()} is out of memory ({what}): lower --batch-size, --width or --T", 1,
-             every=True)
+        what = f"rank {rank()} is out of memory ({str(error).splitlines()[0][:120]})"
+        fail(f"{what}: lower --batch-size, --width or --T", 1, every=True)
     finally:  # a finished result and an error end here too
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -813,7 +804,7 @@ def rank():
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def all_gather(value):
@@ -837,8 +828,7 @@ def setup(args):
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if world_size() > 1 and not dist.is_initialized():
         # torchrun's store outlives its workers: restarted ones may read the addresses of the dead
         # unless every attempt has a prefix. several nodes don't count their attempts alike: there
         # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy
@@ -847,7 +837,7 @@ def setup(args):
         store, _, _ = next(dist.rendezvous("env://"))
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=dist.PrefixStore(attempt, store),
-            rank=rank(), world_size=world, timeout=timedelta(hours=2))  # a long download
+            rank=rank(), world_size=world_size(), timeout=timedelta(hours=2))  # a long download
 
     if args.precision == "auto":  # bf16 where it is multiplied as it is: emulated it is slower
         if cuda:
