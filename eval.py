@@ -214,7 +214,9 @@ def describe(path, checkpoint):
     # the network: depth/width, and what is not the default: "ResNet-34/64", "SNN-18/64 sew"
     kind = "ResNet" if stage == "teacher" else "SNN"
     words = [f"{kind}-{arch['depth']}/{arch['width']}"]
-    words += [arch[key] for key in ("block", "encoder") if arch.get(key) in ("sew", "poisson")]
+    for choice in (arch.get("block"), arch.get("encoder")):
+        if choice in ("sew", "poisson"):
+            words.append(choice)
     # parts of the paper's method
     parts = []
     if not config.get("no_init"):
@@ -225,9 +227,14 @@ def describe(path, checkpoint):
     # a network that was never trained may know its classes and image size alone, or nothing
     data = checkpoint["data"] or {}
     return dict(
-        file=path, name=Path(path).stem, network=" ".join(words), method=method, T=arch.get("T"),
-        history=checkpoint["metrics"]["history"], arch=arch, config=config, data=data,
-        provenance=checkpoint["provenance"])
+        file=path,
+        name=Path(path).stem,
+        dataset=Path(config["dataset"]).name,
+        network=" ".join(words),
+        method=method,
+        T=arch.get("T"),                           # None: a teacher
+        history=checkpoint["metrics"]["history"],  # a dict an epoch
+        arch=arch, config=config, data=data, provenance=checkpoint["provenance"])
 
 
 def scores_over_time(run, model, data, start, stop):
@@ -254,7 +261,8 @@ def evaluate_over_time(run, model, data, steps, batch_size):
     The neuron is causal, so a run of the most steps holds all shorter ones: the answer after t
     steps is the mean of the first t class scores.
     """
-    device, N, K = data.test_y.device, len(data.test_y), len(data.classes)
+    N, K = len(data.test_y), len(data.classes)
+    device = data.test_y.device
     # sums over images
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=device)  # correct, loss
     correct_by_class = torch.zeros(K, device=device)
@@ -270,9 +278,11 @@ def evaluate_over_time(run, model, data, steps, batch_size):
             sums[i] += torch.stack([correct.sum(), loss])
         correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
 
-    layers, rows = operations.read(), []  # rows: one for each number of steps
+    layers = operations.read()
+    rows = []
     for t, (accuracy, loss) in zip(steps, (sums / N).tolist()):
-        rows.append(dict(T=t, accuracy=100 * accuracy, loss=loss) | energy(layers, t))
+        row = dict(T=t, accuracy=100 * accuracy, loss=loss)
+        rows.append(row | energy(layers, t))
     by_class = 100 * correct_by_class / torch.bincount(data.test_y, minlength=K)
     return dict(evaluated_on=data.describe(), steps=rows, firing=firing.read(), layers=layers,
                 class_accuracy=dict(zip(data.classes, by_class.tolist())))
@@ -329,8 +339,8 @@ def compare(runs):
     rows = []
     for run in runs:
         history, base = run["history"], baselines[setting(run)]
-        row = dict(run=run["name"], data=Path(run["config"]["dataset"]).name,
-                   network=run["network"], method=run["method"], T=run["T"], epochs=len(history))
+        row = dict(run=run["name"], data=run["dataset"], network=run["network"],
+                   method=run["method"], T=run["T"], epochs=len(history))
         row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
         if history:
             best = max(history, key=accuracy)
@@ -362,7 +372,8 @@ def show(title, rows, *notes):
             return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
         return str(value)
 
-    lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0])]  # the names of the columns
+    lines += [[text(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     # words to the left, numbers to the right
     align = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
@@ -399,26 +410,27 @@ def plot(path, runs):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     style.use("tableau-colorblind10")  # whose colours are C0 to C9
-    trained = any(run["history"] for run in runs)
-    tested = any("steps" in run for run in runs)
-    if not trained and not tested:
+    # over epochs a row for each data set; below, if there was a pass, a row over time-steps
+    datasets = list(dict.fromkeys(run["dataset"] for run in runs if run["history"]))
+    rows = len(datasets) + any("steps" in run for run in runs)
+    if not rows:
         fail("argument --plot: nothing to draw: no run here was trained or evaluated")
-    # over epochs, where training left a history; below it over time-steps, where there was a pass
-    rows = trained + tested
     figure = Figure((8.3, 3.2 * rows + 0.6), layout="constrained")  # inches: the width of a page
     axes = figure.subplots(rows, 2, squeeze=False)
 
-    legend = []  # each run once, though it has up to six curves
+    legend = []  # each run once, for all of its curves
     for i, run in enumerate(runs):
-        thick, thin = dict(color=f"C{i}", marker="."), dict(color=f"C{i}", linewidth=0.5)
+        thick = dict(color=f"C{i}", marker=".")
+        thin = dict(color=f"C{i}", linewidth=0.5)
         label = f"{run['name']}: {run['network']} {run['method']}"
         legend.append(Line2D([], [], label=label, **thick))
         if run["history"]:
-            accuracy, loss = axes[0]
-            accuracy.set(title="accuracy, % (thin: training)", xlabel="epoch")
+            name = run["dataset"]
+            accuracy, loss = axes[datasets.index(name)]
+            accuracy.set(title=f"{name}: accuracy, % (thin: training)", xlabel="epoch")
+            loss.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
             # up to a little more than chance has: one wild epoch does not flatten the others
-            ceiling = 1.2 * math.log(run["arch"]["num_classes"])
-            loss.set(title="cross-entropy (thin: training)", xlabel="epoch", ylim=(0, ceiling))
+            loss.set_ylim(0, 1.2 * math.log(run["arch"]["num_classes"]))
             # a student's `loss` holds the distillation too
             train_loss = "ce" if run["T"] else "loss"
             for axis, key, line in [
@@ -431,8 +443,8 @@ def plot(path, runs):
             accuracy, firing = axes[-1]
             accuracy.set(title="test accuracy, %", xlabel="time-steps")
             firing.set(title="firing rate, % of the neurons per step", xlabel="spiking layer")
-            steps = run["steps"]
-            accuracy.plot([s["T"] for s in steps], [s["accuracy"] for s in steps], **thick)
+            T = [step["T"] for step in run["steps"]]
+            accuracy.plot(T, [step["accuracy"] for step in run["steps"]], **thick)
             firing.plot([100 * rate for rate in run["firing"].values()], **thick)
 
     for axis in figure.axes:
@@ -456,6 +468,7 @@ def to_nir(model, shape):
     import nir
     if not isinstance(model.maxpool, nn.Identity):
         fail("argument --export: NIR has no max-pool, which follows a 7x7 stem")
+    # without dots: readers make modules of PyTorch of the nodes
     names = {module: name.replace(".", "_") for name, module in model.named_modules()}
     nodes, edges = {"input": nir.Input(np.array(shape))}, []
 
@@ -467,10 +480,11 @@ def to_nir(model, shape):
 
     def layer(x, conv, bn, residual=()):
         """A convolution with its batch norm, and the neurons behind it where there are some."""
-        C, H, W = nodes[x[0]].output_type["output"]
-        c = fuse_conv_bn_eval(conv, bn)
-        node = nir.Conv2d((int(H), int(W)), c.weight.numpy(), c.stride, c.padding,
-                          c.dilation, c.groups, c.bias.numpy())
+        fused = fuse_conv_bn_eval(conv, bn)
+        C, H, W = map(int, nodes[x[0]].output_type["output"])
+        node = nir.Conv2d(
+            (H, W), fused.weight.numpy(), fused.stride, fused.padding, fused.dilation,
+            fused.groups, fused.bias.numpy())
         x = add(names[conv], node, x)
         if not isinstance(bn, BatchNormLIF):
             return x
@@ -505,10 +519,13 @@ def to_nir(model, shape):
     # mean over pixels, and classifier
     C, H, W = nodes[x[0]].output_type["output"]
     size = np.array([H, W])  # of the one window, and of its stride
-    x = add("avgpool", nir.AvgPool2d(size, size, padding=np.array([0, 0])), x)
+    node = nir.AvgPool2d(size, size, padding=np.array([0, 0]))
+    x = add("avgpool", node, x)
     # counted from the end, so that it leaves a reader's batch dimension alone
-    x = add("flatten", nir.Flatten(np.array([C, 1, 1]), start_dim=-3), x)
-    x = add("fc", nir.Affine(model.fc.weight.numpy(), model.fc.bias.numpy()), x)
+    node = nir.Flatten(np.array([C, 1, 1]), start_dim=-3)
+    x = add("flatten", node, x)
+    node = nir.Affine(model.fc.weight.numpy(), model.fc.bias.numpy())
+    x = add("fc", node, x)
     add("output", nir.Output(np.array([model.fc.out_features])), x)
 
     # a layer that somebody added would be lost in silence
@@ -608,14 +625,16 @@ def main(argv=None):
             C, H, W = run["data"]["shape"]
             show(f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
         return
-    show("training recorded", rows,
-         "to_base: the first epoch that reaches the best of all baselines here",
-         "sooner: the epoch at which that baseline had it, over to_base")
+    notes = []
+    if any(row["to_base"] for row in rows):
+        notes = ["to_base: the first epoch that reaches the best of all baselines here",
+                 "sooner: the epoch at which that baseline had it, over to_base"]
+    show("training recorded", rows, *notes)
     if args.recorded:
         return
     show(f"on the test set ({device}, {args.precision})",
          [row for run in runs for row in measured(run)],
-         f"energy of an image at {PJ_PER_AC} pJ per AC, {PJ_PER_MAC} per MAC: see eval.py")
+         f"energy: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC: see eval.py")
 
     # of one run alone there is room for layers and classes
     if len(runs) == 1:
