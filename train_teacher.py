@@ -716,8 +716,8 @@ def parse_with_recipe(p, argv, recipes, digits):
     if args.nesterov and not args.momentum:
         fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
     if args.batch_size % world_size():
-        fail(f"argument --batch-size: {args.batch_size}: must be a multiple of {world_size()}, "
-             "the number of processes")
+        fail(f"argument --batch-size: {args.batch_size}: {world_size()} processes share it: "
+             f"must be a multiple of {world_size()}")
     check_writable("out", args.out)
     return args
 
