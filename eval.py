@@ -338,15 +338,15 @@ def compare(runs):
 
     rows = []
     for run in runs:
-        history, base = run["history"], baselines[setting(run)]
+        history, reference = run["history"], baselines[setting(run)]
         row = dict(run=run["name"], data=run["dataset"], network=run["network"],
                    method=run["method"], T=run["T"], epochs=len(history))
         row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
         if history:
             best = max(history, key=accuracy)
             row |= dict(last=accuracy(history[-1]), best=accuracy(best), at=best["epoch"])
-        if base:
-            base = max(base, key=accuracy)
+        if reference:
+            base = max(reference, key=accuracy)
             reached = [e["epoch"] for e in history if accuracy(e) >= accuracy(base)]
             if reached:  # not every run gets there
                 row |= dict(to_base=reached[0], sooner=base["epoch"] / reached[0])
@@ -584,18 +584,18 @@ def main(argv=None):
 
     # data, all of them before the first pass: the user's images, or test sets
     load_once = cache(load_data)  # runs may share a data set
-    data = []
+    sets = []
     for run in runs:
         if args.predict:
-            data.append(read_images(args.predict, run["data"]))
+            sets.append(read_images(args.predict, run["data"]))
         elif not args.recorded:
             folder = args.data_dir or run["config"].get("data_dir", "data")
             images = load_once(args.dataset or run["config"]["dataset"], folder)
             check_fits(images, run, "network", run["file"], "give its own with --dataset")
-            data.append(images)
+            sets.append(images)
 
     # one pass each
-    for run, model, images in zip(runs, models, data):
+    for run, model, images in zip(runs, models, sets):
         images = copy.copy(images)  # runs share the pixels, not how they are normalised
         if "mean" in run["data"]:
             images.mean, images.std = run["data"]["mean"], run["data"]["std"]
@@ -636,7 +636,7 @@ def main(argv=None):
          [row for run in runs for row in measured(run)],
          f"energy: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC: see eval.py")
 
-    # of one run alone there is room for layers and classes
+    # of one run alone there is room for its layers and classes
     if len(runs) == 1:
         firing, by_class = run["firing"], run["class_accuracy"]
         if firing:  # a teacher has no spikes
