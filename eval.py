@@ -105,7 +105,7 @@ def parse_args(argv=None):
                    help="curves over epochs, accuracy over T, firing rates by layer")
     p.set_defaults(deterministic=False)  # a flag of the training stages that setup() reads
     args = p.parse_args(argv)
-    args.checkpoints = args.checkpoints or ["idsnn.pt"]
+    args.checkpoints = args.checkpoints or ["idsnn.pt"]  # --help would print brackets
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("runs as one process: call it without torchrun")
@@ -123,6 +123,7 @@ def parse_args(argv=None):
     outputs = dict(json=args.json, csv=args.csv, plot=args.plot)
     if args.export:
         outputs["export"] = args.export[1]
+    # compared by where they are, however they are spelt
     taken = {os.path.realpath(path) for path in args.checkpoints + (args.predict or [])}
     for flag, path in outputs.items():
         if path:
@@ -246,7 +247,7 @@ def scores_over_time(run, model, data, start, stop):
     if run["T"]:
         # Poisson noise by an image's place in the set, not in a batch; the seed of training's
         # own evaluation, so that its accuracy is found again
-        index = torch.arange(start, start + len(x), device=x.device)
+        index = torch.arange(start, start + len(x), device=x.device)  # (B,)
         seed = run["config"]["seed"] * 10_000
         scores = model(model.encode(x, data, index, seed))
     else:
@@ -273,7 +274,7 @@ def evaluate_over_time(run, model, data, steps, batch_size):
         scores = scores_over_time(run, model, data, start, start + batch_size)
         for i, t in enumerate(steps):
             answer = scores[:t].mean(0).double()  # (T, B, K) -> (B, K)
-            correct = answer.argmax(1) == y
+            correct = answer.argmax(1) == y       # (B,)
             loss = F.cross_entropy(answer, y, reduction="sum")
             sums[i] += torch.stack([correct.sum(), loss])
         correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
@@ -312,7 +313,7 @@ def predict(run, model, data, paths, steps):
     scores = scores_over_time(run, model, data, 0, len(paths))
     rows = []
     for i, path in enumerate(paths):
-        for t in steps:
+        for t in steps:  # the answer after t steps, as on a test set
             probability, label = scores[:t, i].mean(0).softmax(0).max(0)  # (T, B, K) -> scalars
             rows.append({"image": path, "T": t if run["T"] else "ANN",
                          "class": data.classes[label], "probability": probability.item()})
@@ -409,7 +410,7 @@ def plot(path, runs):
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    style.use("tableau-colorblind10")  # whose colours are C0 to C9
+    style.use("tableau-colorblind10")  # its colours, C0 to C9, can be told apart by everybody
     # over epochs a row for each data set; below, if there was a pass, a row over time-steps
     datasets = list(dict.fromkeys(run["dataset"] for run in runs if run["history"]))
     rows = len(datasets) + any("steps" in run for run in runs)
@@ -630,7 +631,7 @@ def main(argv=None):
         notes = ["to_base: the first epoch that reaches the best of all baselines here",
                  "sooner: the epoch at which that baseline had it, over to_base"]
     show("training recorded", rows, *notes)
-    if args.recorded:
+    if args.recorded:  # there was no pass
         return
     show(f"on the test set ({device}, {args.precision})",
          [row for run in runs for row in measured(run)],
