@@ -1,4 +1,4 @@
-"""Stage 4: counters against numbers derived by hand, the tables, the figure, predictions, NIR."""
+"""Stage 4: operations against numbers derived by hand, the tables, the figure, predictions, NIR."""
 import csv
 import io
 import json
@@ -21,7 +21,7 @@ import transfer_init
 from transfer_init import BatchNormLIF, Neuron, SpikingResNet
 
 
-# ------------------------------------------------------------------------------- counters, by hand
+# ----------------------------------------------------------------------------- operations, by hand
 class Tiny(nn.Module):
     """conv 1x1 -> LIF -> conv 3x3 -> LIF -> mean over pixels -> linear, on 2x2 images.
 
@@ -48,27 +48,24 @@ class Tiny(nn.Module):
 
 
 def counted(model, *batches, T):
-    counters = stage4.Counters(model, T)
+    counter = stage4.OperationCounter(model, T)
     with torch.no_grad():
         for x in batches:
             model.eval()(x)
-    return {layer["name"]: layer for layer in counters.read()}
+    return {layer["name"]: layer for layer in counter.read()}
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_counters_by_hand(adds):
+def test_operations_by_hand(adds):
     # a current of 1.5 is above 1 in both steps; 0.7 only in the second, 0.7/2 + 0.7 = 1.05;
     # 0.3 in neither, 0.3 and 0.45
     a = torch.tensor([[[[1.5, 0.7], [1.5, 0.3]]]])
     b = torch.tensor([[[[1.5, 0.0], [0.7, 0.0]]]])
     layers = counted(Tiny(adds), a, b, T=2)
-    assert list(layers) == ["conv1", "bn1", "conv2", "layer4", "fc"]
+    assert list(layers) == ["conv1", "conv2", "fc"]
 
     # spikes in step 1: pixels 0 and 2 of a, 0 of b; in step 2: 0, 1 and 2 of a, 0 and 2 of b. of 4
-    # neurons and 2 images: 3/8 and 5/8. the second LIF layer has them in one of two channels
-    assert layers["bn1"]["neurons"] == 4 and layers["bn1"]["rate"] == [3 / 8, 5 / 8]
-    assert layers["layer4"]["neurons"] == 8 and layers["layer4"]["rate"] == [3 / 16, 5 / 16]
-
+    # neurons and 2 images: 3/8 and 5/8
     # conv1: 1*1*1 * 1*2*2 = 4 MACs on the image, once
     assert layers["conv1"]["macs"] == [4] and layers["conv1"]["acs"] == []
     # conv2: 1*3*3 * 2*2*2 = 72 MACs, of which 3/8 and 5/8; a sum of two spikes is two accumulates
@@ -89,11 +86,10 @@ def test_whole_numbers_of_an_image_are_no_spikes():
     assert counted(Tiny(), torch.ones(1, 1, 2, 2), T=2)["conv1"]["macs"] == [4]
 
 
-def test_counters_of_spiking_input_by_hand():
+def test_operations_on_spiking_input_by_hand():
     x = torch.zeros(2, 1, 1, 2, 2)  # (T, B, C, H, W)
     x[0, 0, 0, 0, 0] = x[0, 0, 0, 0, 1] = x[1, 0, 0, 1, 1] = 2  # pixels 0 and 1, then 3
     layers = counted(Tiny(), x, T=2)
-    assert layers["bn1"]["rate"] == [2 / 4, 1 / 4]
     # one connection for each of 4 inputs; two inputs of 2, then one
     assert layers["conv1"]["acs"] == [4, 2] and layers["conv1"]["macs"] == []
 
@@ -208,6 +204,18 @@ def test_one_screen_within_80_columns(run):
     assert [float(line.split()[1]) for line in worst] == pytest.approx(lowest, abs=0.01)
 
 
+def test_nothing_is_cut_from_a_table(run):
+    name = "a_long_name_" * 8
+    shutil.copy("idsnn.pt", f"{name}.pt")
+    assert run(f"{name}.pt")[0].count(f"{name} ") == 3  # the recorded row, and one for each step
+
+
+def test_help_names_the_default_as_one_types_it(capsys):
+    with pytest.raises(SystemExit):
+        stage4.parse_args(["--help"])
+    assert "(default: idsnn.pt)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_teacher_and_untrained_network_evaluate_too(run):
     out, content = run("r.pt")
     r = content["runs"][0]
@@ -268,17 +276,20 @@ def test_other_class_names_are_refused(refused, trained):
 
 # --------------------------------------------------------------------------- comparison and figure
 def finished(name, accuracies, method="init+KD", dataset="cifar100", **arch):
-    """What `describe` makes of a finished run."""
+    """What eval.py makes of a finished run."""
     history = [dict(epoch=i + 1, test_acc=a) for i, a in enumerate(accuracies)]
-    return dict(name=name, dataset=dataset, images=dataset, method=method, T=4, history=history,
-                arch=dict(depth=18, width=64, block="basic", encoder="direct") | arch)
+    arch = dict(depth=18, num_classes=100, width=64, block="basic", encoder="direct", T=4) | arch
+    config = dict(dataset=dataset, no_init=method != "init+KD", no_kd=method != "init+KD")
+    return stage4.describe(f"{name}.pt", dict(
+        stage="idsnn", arch=arch, config=config, data=dict(sha256=dataset), provenance=dict(),
+        metrics=dict(history=history)))
 
 
 def test_comparison_by_hand():
     # the longer baseline is the better one: 35 at epoch 4. idsnn passes that at its epoch 2
     rows = stage4.compare([
         finished("short", [10, 30, 20], "baseline"), finished("long", [10, 20, 30, 35], "baseline"),
-        finished("idsnn", [20, 36, 34, 50]), finished("bad", [1, 2], "init"),
+        finished("idsnn", [20, 36, 34, 50]), finished("bad", [1, 2]),
         finished("other-data", [90], dataset="digits"), finished("wider", [90], width=128)])
     assert [row["to_base"] for row in rows] == [None, 4, 2, None, None, None]
     assert [row["sooner"] for row in rows] == [None, 1, 2, None, None, None]
@@ -395,8 +406,10 @@ def test_mistakes_cost_one_line_and_overwrite_nothing(refused, trained, monkeypa
             ("--json no/such/folder.json", "--json"), ("--csv .", "--csv"),
             ("--json idsnn.pt", "--json"), ("--json new --csv new", "--csv"),
             ("--plot fig.txt", "--plot"), ("--export onnx x", "--export"),
-            ("idsnn.pt base.pt --export nir x", "--export"), ("r.pt --export nir x", "--export"),
+            ("idsnn.pt base.pt --export nir x", "--export"),
+            ("--export nir x --json y", "--export"), ("r.pt --export nir x", "--export"),
             ("bare.pt --export nir x", "bare.pt"), ("bare.pt --predict text.png", "bare.pt"),
+            ("--recorded --predict text.png", "--predict"),
             ("--predict text.png", "text.png"), ("--predict none.png", "none.png"),
             ("init.pt --recorded --plot new.png", "nothing to draw"),
             ("--dataset cifar", "--dataset"), ("--batch-size 0", "--batch-size"),
@@ -433,12 +446,8 @@ def interpret(graph, x, dt):
             i = windows(i, node.weight.shape[2:], node.stride, node.padding)
             i = np.einsum("bchwij,ocij->bohw", i, node.weight, optimize=True)
             i = i + node.bias[:, None, None]
-        elif kind == "SumPool2d":
-            i = windows(i, node.kernel_size, node.stride, node.padding).sum((4, 5))
         elif kind == "AvgPool2d":
             i = windows(i, node.kernel_size, node.stride, node.padding).mean((4, 5))
-        elif kind == "Threshold":
-            i = (i > node.threshold).astype(float)
         elif kind == "Flatten":
             assert node.start_dim == -3 and node.end_dim == -1
             i = i.reshape(*i.shape[:-3], -1)
@@ -490,11 +499,12 @@ def answer(model, data, images):
 
 @pytest.mark.parametrize("arch", [
     dict(), dict(block="sew"), dict(depth=50, width=2), dict(depth=50, width=2, block="sew"),
-    dict(stem="7x7"), dict(decay=0.0), dict(decay=1.0, v_th=0.3), dict(encoder="poisson")])
-def test_nir_makes_the_same_spikes(arch, tmp_path):
+    dict(decay=0.0), dict(decay=1.0, v_th=0.3), dict(encoder="poisson")])
+def test_nir_makes_the_same_spikes(arch, tmp_path, capsys):
     nir = pytest.importorskip("nir")
     model, data = lively(**arch)
-    notes = " ".join(stage4.export_nir(str(tmp_path / "net.nir"), model, data.shape))
+    stage4.export_nir(str(tmp_path / "net.nir"), model, data.shape)
+    said = capsys.readouterr().out
     ours = {}
 
     def keep(name, module, inputs, spikes):
@@ -512,10 +522,9 @@ def test_nir_makes_the_same_spikes(arch, tmp_path):
     # silence would prove nothing
     assert np.mean([0 < spikes.mean() < 1 for spikes in ours.values()]) > 0.7
     np.testing.assert_allclose(scores.numpy(), theirs["output"], rtol=1e-9, atol=1e-12)
-    # what the readers of the next test refuse is said
-    assert ("Threshold" in notes) == (arch.get("stem") == "7x7")
-    assert ("SpikingJelly refuses decay 0" in notes) == (arch.get("decay") == 0)
-    assert ("snnTorch refuses decay 1" in notes) == (arch.get("decay") == 1)
+    # what the readers of the next test refuse
+    assert ("SpikingJelly refuses decay 0" in said) == (arch.get("decay") == 0)
+    assert ("snnTorch refuses decay 1" in said) == (arch.get("decay") == 1)
 
 
 def read_by_snntorch(graph, x):
@@ -541,7 +550,7 @@ def read_by_spikingjelly(graph, x):
 
 @pytest.mark.parametrize("reader", [read_by_snntorch, read_by_spikingjelly])
 @pytest.mark.parametrize("arch, refuser", [
-    (dict(), None), (dict(block="sew"), None), (dict(stem="7x7"), "both"),
+    (dict(), None), (dict(block="sew"), None),
     (dict(decay=0.0), read_by_spikingjelly), (dict(decay=1.0), read_by_snntorch)])
 def test_other_simulators_read_our_file(reader, arch, refuser, tmp_path):
     nir = pytest.importorskip("nir")
@@ -552,7 +561,7 @@ def test_other_simulators_read_our_file(reader, arch, refuser, tmp_path):
     stage4.export_nir(str(tmp_path / "net.nir"), model, data.shape)
     x, scores = answer(model, data.to("cpu", torch.float32), 5)
     graph = nir.read(tmp_path / "net.nir")
-    if refuser in (reader, "both"):
+    if refuser is reader:
         with pytest.raises(Exception):
             reader(graph, x)
         return
@@ -560,21 +569,27 @@ def test_other_simulators_read_our_file(reader, arch, refuser, tmp_path):
         torch.testing.assert_close(reader(graph, x), scores, rtol=1e-4, atol=1e-5)
 
 
-def test_nir_refuses_what_it_would_lose(tmp_path):
+@pytest.mark.parametrize("stem, says", [("3x3", "extra"), ("7x7", "max-pool")])
+def test_nir_refuses_what_it_would_lose(stem, says, tmp_path, capsys):
     pytest.importorskip("nir")
-    model = SpikingResNet(18, 10, 1, 2).eval()
+    model = SpikingResNet(18, 10, 1, 2, stem).eval()
     model.extra = nn.Conv2d(1, 1, 1)
     with pytest.raises(SystemExit):
         stage4.export_nir(str(tmp_path / "net.nir"), model, (1, 8, 8))
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nir_export_of_a_trained_network(run, trained):
+def test_nir_export_of_a_trained_network(trained, monkeypatch, capsys):
     nir = pytest.importorskip("nir")
-    out, content = run("idsnn.pt --T 5 --precision fp64 --export nir idsnn.nir")
+    monkeypatch.chdir(trained)
+    stage4.main(
+        "idsnn.pt --T 5 --precision fp64 --device cpu --export nir idsnn.nir".split())
+    out = capsys.readouterr().out
     graph = nir.read(trained / "idsnn.nir")
     assert graph.metadata["T"] == 5 and graph.nodes["conv1"].weight.dtype == np.float64
-    assert "idsnn.nir" in out and "mean of `output`" in out and "steps" not in content["runs"][0]
+    assert "idsnn.nir" in out and "mean of `output`" in out
 
 
 def test_a_network_for_other_data_than_its_teachers(tmp_path, monkeypatch, capsys):
