@@ -221,7 +221,7 @@ def renamed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script,flags", [
     ("train_idsnn", "--epochs 1 --batch-size 4 --device cpu"),
     ("train_idsnn", "--epochs 1 --batch-size 4 --device cpu --no-kd"),
-    ("transfer_init", "--src r34.pt --dataset set --classifier transfer --out other.pt"),
+    ("transfer_init", "--src r34.pt --dataset ./set --classifier transfer --out other.pt"),
     ("eval", "r34.pt --device cpu")])
 def test_labels_that_mean_something_else_are_refused(renamed, capsys, script, flags):
     with pytest.raises(SystemExit) as end:
