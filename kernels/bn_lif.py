@@ -190,11 +190,14 @@ if triton is not None:
         first = tl.program_id(0) * BR
         offsets, inside = _tile(first, W, N, BR)
         x = tl.load(X + offsets, inside, 0).to(tl.float32)
-        seen = tl.sum(inside.to(tl.float32), 0, keep_dims=True)
-        shift = tl.sum(x, 0, keep_dims=True) / tl.maximum(seen, 1)  # 0: beyond the last row's end
+        # beyond the end of a short last row there is nothing, not even a mean
+        seen = tl.maximum(tl.sum(inside.to(tl.float32), 0, keep_dims=True), 1)
+        shift = tl.sum(x, 0, keep_dims=True) / seen
         count = tl.zeros([BR, BC], tl.float32)
-        s1, s2 = count, count
-        for row in range(first, tl.cdiv(N, W).to(tl.int32), tl.num_programs(0) * BR):
+        s1 = count
+        s2 = count
+        rows = tl.cdiv(N, W).to(tl.int32)
+        for row in range(first, rows, tl.num_programs(0) * BR):
             offsets, inside = _tile(row, W, N, BR)
             xs = load_steps(X, N, offsets, inside, T)
             for t in tl.static_range(T):
@@ -228,30 +231,36 @@ if triton is not None:
         sum(x - m) = sum(x - s) + count*d, sum((x-m)**2) = sum((x-s)**2) + d*(2*sum(x-s) + count*d).
         """
         c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        origin = _part(Parts, 1, 0, P, c, C)
+        weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
+        bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
+        m = _part(Parts, 1, 0, P, c, C)
         count = tl.zeros([BP, CHANNELS], tl.float64)
-        s1, s2 = count, count
+        s1 = count
+        s2 = count
         for first in range(0, P, BP):
             p = first + tl.arange(0, BP)[:, None]
-            n, part = _part(Parts, 0, p, P, c, C), _part(Parts, 2, p, P, c, C)
-            d = _part(Parts, 1, p, P, c, C) - origin
+            n = _part(Parts, 0, p, P, c, C)
+            d = _part(Parts, 1, p, P, c, C) - m
+            part = _part(Parts, 2, p, P, c, C)
             count += n
             s1 += part + n * d
             s2 += _part(Parts, 3, p, P, c, C) + d * (2 * part + n * d)
-        n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)  # 0 where c >= C
+        # nothing to count where c >= C
+        n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)
         s1 = tl.sum(s1, 0, keep_dims=True)
-        mean = origin + s1 / n
-        m2 = tl.maximum(tl.sum(s2, 0, keep_dims=True) - s1 * (s1 / n), 0.0)
+        deviations = tl.sum(s2, 0, keep_dims=True) - s1 * (s1 / n)
+        mean = m + s1 / n
+        var = tl.maximum(deviations, 0.0) / n
         if RunningMean is not None:
-            keep = 1 - momentum
-            old_mean, old_var = tl.load(RunningMean + c, c < C), tl.load(RunningVar + c, c < C)
-            unbiased = m2 / tl.maximum(n - 1, 1.0)
-            tl.store(RunningMean + c, old_mean * keep + mean * momentum, c < C)
-            tl.store(RunningVar + c, old_var * keep + unbiased * momentum, c < C)
-        weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
-        bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
-        mean, var = mean.to(tl.float32), (m2 / n).to(tl.float32)
-        std = tl.sqrt_rn(var + eps)  # roots and quotients exactly rounded, as in PyTorch
+            old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
+            old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
+            unbiased = var * (n / tl.maximum(n - 1, 1.0))
+            tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
+            tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
+        mean = mean.to(tl.float32)
+        var = var.to(tl.float32)
+        # roots and quotients exactly rounded, as in PyTorch
+        std = tl.sqrt_rn(var + eps)
         scale = tl.div_rn(weight, std)
         _store_channels(Vectors, MEAN, mean, c, C, W)
         _store_channels(Vectors, VAR, var, c, C, W)
@@ -355,7 +364,7 @@ if triton is not None:
 
 
 # ---------------------------------------------------------------------------- launches
-# x and all that lies like it is (T, O, C) here.
+# x and all that lies like it is (T, O, C) here, O = B*H*W.
 
 def _width(C):
     return math.lcm(COLUMNS, C)
@@ -370,29 +379,24 @@ def tile_size(T, itemsize):
     return tile
 
 
-def _grid(x, T):
-    """Tiles of a time-step, down and across."""
+def _grid(x, T, programs=None):
+    """Tiles down and across a time-step of x, or about so many programs if there are more tiles."""
     _, O, C = x.shape  # noqa: E741
-    rows, W = tile_size(T, x.element_size()) // COLUMNS, _width(C)
-    return triton.cdiv(O * C, rows * W), W // COLUMNS
+    across = _width(C) // COLUMNS
+    down = triton.cdiv(O * C, tile_size(T, x.element_size()) * across)
+    if programs is not None:
+        # min() would be a guard on the shape, where torch.compile traces it
+        down = torch.sym_min(down, max(1, programs // across))
+    return down, across
 
 
-def _new_parts(x, T, kinds):
-    """Empty (kinds, P, C), P of them for each program of a reduction and copy of the channel."""
-    down, across = _grid(x, T)
-    # without a guard on the shape, where torch.compile traces it
-    programs = torch.sym_min(down, max(1, REDUCING // across))
-    C = x.shape[2]
-    return x.new_empty(kinds, programs * (_width(C) // C), C, dtype=torch.float32)
-
-
-def _launch(kernel, x, T, programs, *args, **constants):
+def _launch(kernel, x, T, *args, programs=None, **constants):
     """Over tiles; multiply-adds stay apart (no contraction), as in the specification."""
-    _, across = _grid(x, T)
     rows = tile_size(T, x.element_size()) // COLUMNS
+    W, N = _width(x.shape[2]), x[0].numel()
     with torch.cuda.device_of(x):
-        kernel[(programs, across)](*args, _width(x.shape[2]), x[0].numel(), T=T, BR=rows,
-                                   num_warps=4, enable_fp_fusion=False, **constants)
+        kernel[_grid(x, T, programs)](*args, W, N, T=T, BR=rows, num_warps=4,
+                                      enable_fp_fusion=False, **constants)
 
 
 def _launch_combine(kernel, parts, *args):
@@ -404,72 +408,13 @@ def _launch_combine(kernel, parts, *args):
                                             enable_fp_fusion=False)
 
 
-# ---------------------------------------------------------------------------- operators
-# x (T, O, C), or (1, O, C) for the same current at every step. the sums leave their operator before
-# the next takes them up, so that they can go to other ranks where torch.compile sees it. what
-# updates the running statistics has no derivative: it takes no x, and what takes x gets its result.
+# what the operators return, and their fakes in a trace
 
-@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
-def _statistics(x: Tensor) -> Tensor:
-    """Parts (4, P, C) of the statistics of x."""
-    parts = _new_parts(x, len(x), 4)
-    _launch(_statistics_kernel, x, len(x), _programs(parts), x.contiguous(), parts)
-    return parts
-
-
-@torch.library.custom_op("idsnn::bn_lif_vectors", mutates_args=("running_mean", "running_var"))
-def _vectors(parts: Tensor, weight: Tensor, bias: Tensor, running_mean: Maybe, running_var: Maybe,
-             momentum: float, eps: float) -> Tensor:
-    """Vectors (5, W) of the statistics whose parts these are; updates the running ones."""
-    vectors = _new_vectors(parts, 5)
-    _launch_combine(_vectors_kernel, parts, weight, bias, running_mean, running_var, vectors,
-                    momentum, eps)
-    return vectors
-
-
-@torch.library.custom_op("idsnn::bn_lif", mutates_args=())
-def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
-            decay: float, v_th: float, lens: float, training: bool, group: str, ranks: int,
-            save: bool) -> tuple[Tensor, Tensor]:
-    """Spikes (T, O, C) and bits (ceil(T/4), O, C), empty unless `save`.
-
-    For the derivative are weight and bias, which the vectors hold already, training (False: the
-    statistics are constants) and the process group's name and size.
-    """
-    spikes, bits = _new_outputs(x, T, save)
-    residual = None if residual is None else residual.contiguous()
-    _launch(_forward_kernel, x, T, _grid(x, T)[0], x.contiguous(), residual, spikes,
-            bits if save else None, vectors, decay, v_th, lens, TX=len(x))
-    return spikes, bits
-
-
-@torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
-def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
-            lens: float) -> Tensor:
-    """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
-    parts = _new_parts(x, len(g), 2)
-    _launch(_reduce_kernel, x, len(g), _programs(parts), g.contiguous(), bits, x.contiguous(),
-            vectors, parts, decay, 1 / (2 * lens), TX=len(x))
-    return parts
-
-
-@torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
-def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor, decay: float,
-              lens: float, training: bool, ranks: int,
-              need_dresidual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight of one of the ranks."""
-    dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
-    means, n = _new_vectors(parts, 2), ranks * x[..., 0].numel()
-    _launch_combine(_means_kernel, parts, vectors, sums, means, n, ranks)
-    _launch(_apply_kernel, x, len(g), _grid(x, len(g))[0], g.contiguous(), bits, x.contiguous(),
-            vectors, means if training else None, dx, dresidual if need_dresidual else None, decay,
-            1 / (2 * lens), TX=len(x))
-    return dx, dresidual, sums
-
-
-def _programs(parts):
-    _, P, C = parts.shape
-    return P * C // _width(C)
+def _new_parts(x, T, rows):
+    """(rows, P, C): of each program of a reduction, and of each copy of a channel in a row of W."""
+    C = x.shape[2]
+    programs, _ = _grid(x, T, REDUCING)
+    return x.new_empty(rows, programs * (_width(C) // C), C, dtype=torch.float32)
 
 
 def _new_vectors(parts, rows):
@@ -487,35 +432,84 @@ def _new_gradients(g, x, need_dresidual):
     return x.new_empty(x.shape), dresidual, x.new_empty(2, x.shape[2], dtype=torch.float32)
 
 
-@_statistics.register_fake
-def _(x):
-    return _new_parts(x, len(x), 4)
+# ---------------------------------------------------------------------------- operators
+# x is (T, O, C), or (1, O, C) for the same current at every step. sums leave their operator before
+# the next one takes them up, so that they can go to other ranks where torch.compile sees it. what
+# updates the running statistics has no derivative: it takes no x, and what takes x its result.
+
+@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
+def _statistics(x: Tensor) -> Tensor:
+    """Parts (4, P, C) of the statistics of x."""
+    parts = _new_parts(x, len(x), 4)
+    _launch(_statistics_kernel, x, len(x), x.contiguous(), parts, programs=REDUCING)
+    return parts
 
 
-@_vectors.register_fake
-def _(parts, weight, bias, running_mean, running_var, momentum, eps):
-    return _new_vectors(parts, 5)
+@torch.library.custom_op("idsnn::bn_lif_vectors", mutates_args=("running_mean", "running_var"))
+def _vectors(parts: Tensor, weight: Tensor, bias: Tensor, running_mean: Maybe, running_var: Maybe,
+             momentum: float, eps: float) -> Tensor:
+    """Vectors (5, W) of the statistics in the parts; updates the running ones, if given."""
+    vectors = _new_vectors(parts, 5)
+    _launch_combine(_vectors_kernel, parts, weight, bias, running_mean, running_var, vectors,
+                    momentum, eps)
+    return vectors
 
 
-@_bn_lif.register_fake
-def _(x, residual, weight, bias, vectors, T, decay, v_th, lens, training, group, ranks, save):
-    return _new_outputs(x, T, save)
+@torch.library.custom_op("idsnn::bn_lif", mutates_args=())
+def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
+            decay: float, v_th: float, lens: float, training: bool, group: str, ranks: int,
+            save: bool) -> tuple[Tensor, Tensor]:
+    """Spikes (T, O, C) and bits (ceil(T/4), O, C), none unless `save`.
+
+    For the derivative are weight and bias, which the vectors hold already, training (False: the
+    statistics are constants) and the process group's name and size.
+    """
+    spikes, bits = _new_outputs(x, T, save)
+    if residual is not None:
+        residual = residual.contiguous()
+    _launch(_forward_kernel, x, T, x.contiguous(), residual, spikes, bits if save else None,
+            vectors, decay, v_th, lens, TX=len(x))
+    return spikes, bits
 
 
-@_reduce.register_fake
-def _(g, bits, x, vectors, decay, lens):
-    return _new_parts(x, len(g), 2)
+@torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
+def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
+            lens: float) -> Tensor:
+    """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
+    parts = _new_parts(x, len(g), 2)
+    _launch(_reduce_kernel, x, len(g), g.contiguous(), bits, x.contiguous(), vectors, parts, decay,
+            1 / (2 * lens), programs=REDUCING, TX=len(x))
+    return parts
 
 
-@_backward.register_fake
-def _(g, bits, x, vectors, parts, decay, lens, training, ranks, need_dresidual):
-    return _new_gradients(g, x, need_dresidual)
+@torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
+def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor, decay: float,
+              lens: float, training: bool, ranks: int,
+              need_dresidual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight over the ranks."""
+    dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
+    means = _new_vectors(parts, 2)
+    n = ranks * x[..., 0].numel()
+    _launch_combine(_means_kernel, parts, vectors, sums, means, n, ranks)
+    _launch(_apply_kernel, x, len(g), g.contiguous(), bits, x.contiguous(), vectors,
+            means if training else None, dx, dresidual if need_dresidual else None, decay,
+            1 / (2 * lens), TX=len(x))
+    return dx, dresidual, sums
+
+
+_statistics.register_fake(lambda x: _new_parts(x, len(x), 4))
+_vectors.register_fake(lambda parts, *_: _new_vectors(parts, 5))
+_reduce.register_fake(lambda g, bits, x, *_: _new_parts(x, len(g), 2))
+_bn_lif.register_fake(
+    lambda x, residual, weight, bias, vectors, T, *rest: _new_outputs(x, T, save=rest[-1]))
+_backward.register_fake(lambda g, bits, x, *rest: _new_gradients(g, x, need_dresidual=rest[-1]))
 
 
 def _setup(ctx, inputs, output):
     x, residual, weight, bias, vectors, *ctx.options, ctx.save = inputs
-    # bits; or, traced without a gradient, what they are computed from, anew
-    ctx.save_for_backward(x, vectors, *(output[1:] if ctx.save else (residual, weight, bias)))
+    # the bits; or, in what was traced without a gradient, that from which they come anew
+    saved = output[1:] if ctx.save else (residual, weight, bias)
+    ctx.save_for_backward(x, vectors, *saved)
     ctx.set_materialize_grads(False)
 
 
@@ -525,13 +519,14 @@ def _autograd(ctx, g, _):
     x, vectors, *saved = ctx.saved_tensors
     bits = saved[0] if ctx.save else _bn_lif(x, *saved, vectors, *ctx.options, True)[1]
     _, decay, _, lens, training, group, ranks = ctx.options
+    need_dresidual = ctx.needs_input_grad[1]
     parts = _reduce(g, bits, x, vectors, decay, lens)
     if group:
         parts = _all_reduce(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
-    dx, dresidual, sums = _backward(g, bits, x, vectors, parts, decay, lens, training, ranks,
-                                    ctx.needs_input_grad[1])
-    dbias, dweight = sums
-    return dx, dresidual if ctx.needs_input_grad[1] else None, dweight, dbias, *[None] * 9
+    dx, dresidual, (dbias, dweight) = _backward(g, bits, x, vectors, parts, decay, lens, training,
+                                                ranks, need_dresidual)
+    # the parameters' are the mean over ranks, which DDP's mean keeps and a sum adds up
+    return dx, dresidual if need_dresidual else None, dweight, dbias, *[None] * 9
 
 
 _bn_lif.register_autograd(_autograd, setup_context=_setup)
@@ -542,15 +537,9 @@ for _op in (_statistics, _vectors, _bn_lif, _reduce, _backward):
 
 # ---------------------------------------------------------------------------- what users call
 
-def _composed(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
-              neuron, group, detach_reset, impl):
-    """Batch norm, add, lif; the current is fp32 for bf16 and fp16 too."""
-    current = batch_norm(x.flatten(0, 1).to(_accumulator(x)), running_mean, running_var, weight,
-                         bias, training, momentum, eps, group)
-    current = current.unflatten(0, x.shape[:2]).expand(T, -1, -1, -1, -1)  # (T, B, C, H, W)
-    if residual is not None:
-        current = current + residual
-    return lif(current, *neuron, detach_reset, impl).to(x.dtype)
+def _rows(x):
+    """(T, B, C, H, W) -> (T, B*H*W, C), a view of channels-last memory, else a copy."""
+    return x.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 def _as_parts(n, mean, var):
@@ -558,38 +547,14 @@ def _as_parts(n, mean, var):
     return torch.stack([torch.full_like(mean, n), mean, torch.zeros_like(mean), var * n])
 
 
-def _rows(x):
-    """(T, B, C, H, W) -> (T, B*H*W, C), a view of channels-last memory, else a copy."""
-    return x.permute(0, 1, 3, 4, 2).flatten(1, 3)
-
-
-def _fused(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
-           neuron, group):
-    _, B, C, H, W = x.shape
-    x = _rows(x)
-    if residual is not None:
-        residual = _rows(residual.to(x.dtype))
-    # the derivative goes through idsnn::bn_lif alone, that of the statistics too
-    constant = weight.detach(), bias.detach()
-    running = running_mean, running_var
-    name, ranks = "", 1
-    if training:
-        parts = _statistics(x.detach())
-    else:  # a single value that is the mean; nothing to update
-        parts, running = _as_parts(1, running_mean[None], running_var[None]), (None, None)
-    if group is not None:
-        name, ranks = group.group_name, group.size()
-        # few numbers travel: each rank's mean and variance
-        own = _vectors(parts, *constant, None, None, 0.0, eps)[:2, :C]
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(own.contiguous(), ranks, name)
-        gathered = torch.ops._c10d_functional.wait_tensor(gathered)
-        mean, var = gathered.unflatten(0, (ranks, 2)).unbind(1)  # (ranks*2, C) -> (ranks, C), twice
-        parts = _as_parts(x[..., 0].numel(), mean, var)
-    vectors = _vectors(parts, *constant, *running, momentum, eps)
-    inputs = x, residual, weight, bias
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    spikes, _ = _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)
-    return spikes.unflatten(1, (B, H, W)).permute(0, 1, 4, 2, 3)  # (T, O, C) -> (T, B, C, H, W)
+def _gather(parts, n, group):
+    """One part a rank (4, ranks, C), from this rank's (4, P, C): a mean and a variance travel."""
+    C = parts.shape[2]
+    one, ops = parts.new_ones(C), torch.ops._c10d_functional
+    own = _vectors(parts, one, one, None, None, 0.0, 0.0)[:2, :C].contiguous()
+    every = ops.wait_tensor(ops.all_gather_into_tensor(own, group.size(), group.group_name))
+    mean, var = every.unflatten(0, (-1, 2)).unbind(1)  # (ranks*2, C) -> (ranks, C), twice
+    return _as_parts(n, mean, var)
 
 
 def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
@@ -650,9 +615,33 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
     if training and x.numel() * (1 if group is None else group.size()) < 2 * C:
         raise ValueError("batch statistics need more than one value a channel, x is "
                          f"{tuple(x.shape)}")
-    args = (x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps, neuron,
-            group)
-    fused = impl == "triton" and detach_reset and x.numel() > 0
-    if fused and not torch._C._are_functorch_transforms_active():
-        return _fused(*args)
-    return _composed(*args, bool(detach_reset), impl)
+    if (impl != "triton" or not detach_reset or not x.numel()
+            or torch._C._are_functorch_transforms_active()):
+        # in three steps; the current is fp32 for bf16 and fp16 too
+        current = batch_norm(x.flatten(0, 1).to(_accumulator(x)), running_mean, running_var, weight,
+                             bias, training, momentum, eps, group)
+        current = current.unflatten(0, x.shape[:2]).expand(shape)
+        if residual is not None:
+            current = current + residual
+        return lif(current, *neuron, bool(detach_reset), impl).to(x.dtype)
+
+    rows = _rows(x)
+    if residual is not None:
+        residual = _rows(residual.to(x.dtype))
+    # the statistics' part of the derivative is idsnn::bn_lif's
+    constant = weight.detach(), bias.detach()
+    if not training:  # constants are the statistics of one value each; there is no update
+        parts = _as_parts(1, running_mean[None], running_var[None])
+        running_mean = running_var = None
+    else:
+        parts = _statistics(rows.detach())
+    name, ranks = "", 1
+    if group is not None:
+        name, ranks = group.group_name, group.size()
+        parts = _gather(parts, x.numel() // C, group)
+    vectors = _vectors(parts, *constant, running_mean, running_var, momentum, eps)
+    inputs = rows, residual, weight, bias
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    spikes, _ = _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)
+    B, _, H, W = shape[1:]
+    return spikes.unflatten(1, (B, H, W)).permute(0, 1, 4, 2, 3)  # (T, O, C) -> (T, B, C, H, W)
