@@ -364,9 +364,20 @@ if triton is not None:
 
 
 # ---------------------------------------------------------------------------- launches
-# x and all that lies like it is (T, O, C) here, O = B*H*W.
+
+def _rows(x):
+    """(T, B, C, H, W) -> dense (T, B, H, W, C): a view of channels-last memory, else a copy."""
+    return x.permute(0, 1, 3, 4, 2).contiguous()
+
+
+def _planes(x, T, dtype=None):
+    """Empty (T, B, C, H, W) in channels-last memory, shape and dtype else as x."""
+    _, B, C, H, W = x.shape
+    return x.new_empty(T, B, H, W, C, dtype=dtype or x.dtype).permute(0, 1, 4, 2, 3)
+
 
 def _width(C):
+    """Columns of a row: whole tiles, whole sets of channels."""
     return math.lcm(COLUMNS, C)
 
 
@@ -381,9 +392,8 @@ def tile_size(T, itemsize):
 
 def _grid(x, T, programs=None):
     """Tiles down and across a time-step of x, or about so many programs if there are more tiles."""
-    _, O, C = x.shape  # noqa: E741
-    across = _width(C) // COLUMNS
-    down = triton.cdiv(O * C, tile_size(T, x.element_size()) * across)
+    across = _width(x.shape[2]) // COLUMNS
+    down = triton.cdiv(x[0].numel(), tile_size(T, x.element_size()) * across)
     if programs is not None:
         # min() would be a guard on the shape, where torch.compile traces it
         down = torch.sym_min(down, max(1, programs // across))
@@ -422,26 +432,25 @@ def _new_vectors(parts, rows):
 
 
 def _new_outputs(x, T, save):
-    _, O, C = x.shape  # noqa: E741
-    steps = (T + 3) // 4 if save else 0
-    return x.new_empty(T, O, C), x.new_empty(steps, O, C, dtype=torch.uint8)
+    return _planes(x, T), _planes(x, (T + 3) // 4 if save else 0, torch.uint8)
 
 
 def _new_gradients(g, x, need_dresidual):
-    dresidual = x.new_empty(g.shape if need_dresidual else 0)
-    return x.new_empty(x.shape), dresidual, x.new_empty(2, x.shape[2], dtype=torch.float32)
+    sums = x.new_empty(2, x.shape[2], dtype=torch.float32)
+    return _planes(x, len(x)), _planes(x, len(g) if need_dresidual else 0), sums
 
 
 # ---------------------------------------------------------------------------- operators
-# x is (T, O, C), or (1, O, C) for the same current at every step. sums leave their operator before
-# the next one takes them up, so that they can go to other ranks where torch.compile sees it. what
-# updates the running statistics has no derivative: it takes no x, and what takes x its result.
+# x is (T, B, C, H, W), or (1, B, C, H, W) for the same current at every step. sums leave their
+# operator before the next one takes them up, so that they can go to other ranks where torch.compile
+# sees it. what updates the running statistics has no derivative: it takes no x, and what takes x
+# gets its result.
 
 @torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
 def _statistics(x: Tensor) -> Tensor:
     """Parts (4, P, C) of the statistics of x."""
     parts = _new_parts(x, len(x), 4)
-    _launch(_statistics_kernel, x, len(x), x.contiguous(), parts, programs=REDUCING)
+    _launch(_statistics_kernel, x, len(x), _rows(x), parts, programs=REDUCING)
     return parts
 
 
@@ -459,15 +468,15 @@ def _vectors(parts: Tensor, weight: Tensor, bias: Tensor, running_mean: Maybe, r
 def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
             decay: float, v_th: float, lens: float, training: bool, group: str, ranks: int,
             save: bool) -> tuple[Tensor, Tensor]:
-    """Spikes (T, O, C) and bits (ceil(T/4), O, C), none unless `save`.
+    """Spikes and bits (ceil(T/4), B, C, H, W), none unless `save`.
 
     For the derivative are weight and bias, which the vectors hold already, training (False: the
     statistics are constants) and the process group's name and size.
     """
     spikes, bits = _new_outputs(x, T, save)
     if residual is not None:
-        residual = residual.contiguous()
-    _launch(_forward_kernel, x, T, x.contiguous(), residual, spikes, bits if save else None,
+        residual = _rows(residual)
+    _launch(_forward_kernel, x, T, _rows(x), residual, spikes, bits if save else None,
             vectors, decay, v_th, lens, TX=len(x))
     return spikes, bits
 
@@ -477,7 +486,7 @@ def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
             lens: float) -> Tensor:
     """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
     parts = _new_parts(x, len(g), 2)
-    _launch(_reduce_kernel, x, len(g), g.contiguous(), bits, x.contiguous(), vectors, parts, decay,
+    _launch(_reduce_kernel, x, len(g), _rows(g), bits, _rows(x), vectors, parts, decay,
             1 / (2 * lens), programs=REDUCING, TX=len(x))
     return parts
 
@@ -489,9 +498,9 @@ def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor
     """dx, dresidual, empty unless needed, and (2, C): dbias and dweight over the ranks."""
     dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
     means = _new_vectors(parts, 2)
-    n = ranks * x[..., 0].numel()
+    n = ranks * x.numel() // x.shape[2]
     _launch_combine(_means_kernel, parts, vectors, sums, means, n, ranks)
-    _launch(_apply_kernel, x, len(g), g.contiguous(), bits, x.contiguous(), vectors,
+    _launch(_apply_kernel, x, len(g), _rows(g), bits, _rows(x), vectors,
             means if training else None, dx, dresidual if need_dresidual else None, decay,
             1 / (2 * lens), TX=len(x))
     return dx, dresidual, sums
@@ -536,11 +545,6 @@ for _op in (_statistics, _vectors, _bn_lif, _reduce, _backward):
 
 
 # ---------------------------------------------------------------------------- what users call
-
-def _rows(x):
-    """(T, B, C, H, W) -> (T, B*H*W, C), a view of channels-last memory, else a copy."""
-    return x.permute(0, 1, 3, 4, 2).flatten(1, 3)
-
 
 def _as_parts(n, mean, var):
     """mean and var (P, C), each of n values, as parts of statistics (4, P, C)."""
@@ -625,23 +629,22 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
             current = current + residual
         return lif(current, *neuron, bool(detach_reset), impl).to(x.dtype)
 
-    rows = _rows(x)
+    # once, and not again in each operator that reads x
+    x = _rows(x).permute(0, 1, 4, 2, 3)
     if residual is not None:
-        residual = _rows(residual.to(x.dtype))
+        residual = residual.to(x.dtype)
     # the statistics' part of the derivative is idsnn::bn_lif's
     constant = weight.detach(), bias.detach()
     if not training:  # constants are the statistics of one value each; there is no update
         parts = _as_parts(1, running_mean[None], running_var[None])
         running_mean = running_var = None
     else:
-        parts = _statistics(rows.detach())
+        parts = _statistics(x.detach())
     name, ranks = "", 1
     if group is not None:
         name, ranks = group.group_name, group.size()
         parts = _gather(parts, x.numel() // C, group)
     vectors = _vectors(parts, *constant, running_mean, running_var, momentum, eps)
-    inputs = rows, residual, weight, bias
+    inputs = x, residual, weight, bias
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    spikes, _ = _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)
-    B, _, H, W = shape[1:]
-    return spikes.unflatten(1, (B, H, W)).permute(0, 1, 4, 2, 3)  # (T, O, C) -> (T, B, C, H, W)
+    return _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)[0]

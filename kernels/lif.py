@@ -74,26 +74,24 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
 # ---------------------------------------------------------------------------- memory
 # to the kernels every tensor is flat (T, N): the N neurons of a time-step in any dense order.
 
-def plane_strides(x):
-    """Strides of a dense copy of x[0] in its order of dimensions; its own if it is dense."""
-    return torch.empty_like(x[0], device="meta").stride()
-
-
-def planes_like(x, T, strides, dtype=None):
-    """Empty (T, ...), planes of these strides one after another; shape and dtype else as x."""
+def planes_like(x, T, dtype=None):
+    """Empty (T, ...), one dense plane after another, dimensions in the order that they have in
+    x[0]; shape and dtype else as x."""
     shape = T, *x.shape[1:]
+    strides = torch.empty_like(x[0], device="meta").stride()
     return x.new_empty_strided(shape, (math.prod(shape[1:]), *strides), dtype=dtype or x.dtype)
 
 
-def flat(x, strides):
-    """x as flat (T, N) memory with planes of these strides. T-stride N, or 0 if x is expanded.
+def flat(x, like):
+    """x as flat (T, N) memory whose planes lie as those of `like`: a view where they do, or a copy.
 
-    A view where x lies so, else a copy.
+    T-stride N, or 0 if x is expanded.
     """
     T, N = x.shape[0], math.prod(x.shape[1:])
-    dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
+    strides = zip(x.shape[1:], x.stride()[1:], like.stride()[1:])
+    dense = all(a == b for n, a, b in strides if n > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
-        x = planes_like(x, T, strides).copy_(x)
+        x = planes_like(like, T, x.dtype).copy_(x)
     return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
 
 
@@ -129,11 +127,10 @@ def forward_torch(x, spikes, bits, decay, v_th, lens):
                 torch.le(u, v_th, out=keep)  # 1 - F
             if bits is not None:
                 window = torch.sub(u, v_th, out=distance).abs_().lt_(lens)
+                if t % 4 == 0:
+                    code.zero_()
                 bit = 4 ** (t % 4)  # F's; w's is the next
-                if bit == 1:
-                    torch.add(f, window, alpha=2, out=code)
-                else:
-                    code.add_(f, alpha=bit).add_(window, alpha=2 * bit)
+                code.add_(f, alpha=bit).add_(window, alpha=2 * bit)
                 if t % 4 == 3 or t == T - 1:
                     bits[t // 4, s] = code
 
@@ -284,12 +281,15 @@ def block_size(itemsize, planes):
     return 128 * 16 // itemsize // (1 if planes <= 16 else 2 if planes <= 32 else 4)
 
 
-def _launch(kernel, block, x, *args):
-    """Multiply-adds stay apart (no contraction), as in the specification."""
+def _launch(kernel, planes, x, *args):
+    """x (T, N) of so many loaded planes. Multiply-adds stay apart (no contraction), as in the
+    specification."""
     T, N = x.shape
-    with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(N, block),)](x, *args, T=T, BLOCK=block, num_warps=4,
-                                         enable_fp_fusion=False)
+    block = block_size(x.element_size(), planes)
+    if N:
+        with torch.cuda.device_of(x):
+            kernel[(triton.cdiv(N, block),)](x, *args, T=T, BLOCK=block, num_warps=4,
+                                             enable_fp_fusion=False)
 
 
 # ---------------------------------------------------------------------------- operators
@@ -308,65 +308,44 @@ def _step(x):
 def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, save: bool,
          impl: str) -> tuple[Tensor, Tensor]:
     """Spikes, and the bits, empty unless `save`; detach_reset concerns the derivative alone."""
-    strides = plane_strides(x)
-    spikes, bits = _lif_outputs(x, save, strides)
-    X, F, B = flat(x, strides), flat(spikes, strides), flat(bits, strides) if save else None
+    spikes, bits = _lif_outputs(x, save)
+    X, F = flat(x, spikes), flat(spikes, spikes)
+    B = flat(bits, spikes) if save else None
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
-    elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size(), len(X)), X, F, B, X.shape[1],
-                _step(X), decay, v_th, lens)
+    else:
+        _launch(_forward_kernel, len(X), X, F, B, X.shape[1], _step(X), decay, v_th, lens)
     return spikes, bits
 
 
 @torch.library.custom_op("idsnn::lif_backward", mutates_args=())
-def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str) -> Tensor:
-    strides = plane_strides(bits)
-    dx = planes_like(g, len(g), strides)
-    G, B, D = flat(g, strides), flat(bits, strides), flat(dx, strides)
-    if impl == "torch":
-        backward_torch(G, B, D, decay, lens)
-    elif G.numel():
-        _launch(_backward_kernel, block_size(G.element_size(), len(G)), G, B, D, G.shape[1],
-                _step(G), decay, 1 / (2 * lens))
+def _lif_backward(g: Tensor, saved: Tensor, decay: float, v_th: float, lens: float,
+                  detach_reset: bool, impl: str) -> Tensor:
+    """dX from g and what was saved: the bits or, for the plain derivative, x."""
+    dx = planes_like(saved, len(g), g.dtype)
+    G, S, D = (flat(t, dx) for t in (g, saved, dx))
+    N, inv = G.shape[1], 1 / (2 * lens)
+    if impl == "torch" and detach_reset:
+        backward_torch(G, S, D, decay, lens)
+    elif impl == "torch":
+        backward_full_torch(G, S, D, decay, v_th, lens)
+    elif detach_reset:
+        _launch(_backward_kernel, len(G), G, S, D, N, _step(G), decay, inv)
+    else:
+        _launch(_backward_full_kernel, 2 * len(G), G, S, D, N, _step(G), _step(S), decay, v_th,
+                lens, inv)
     return dx
 
 
-@torch.library.custom_op("idsnn::lif_backward_full", mutates_args=())
-def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: float,
-                       impl: str) -> Tensor:
-    strides = plane_strides(x)
-    dx = planes_like(x, len(x), strides)
-    G, X, D = flat(g, strides), flat(x, strides), flat(dx, strides)
-    if impl == "torch":
-        backward_full_torch(G, X, D, decay, v_th, lens)
-    elif G.numel():
-        _launch(_backward_full_kernel, block_size(X.element_size(), 2 * len(X)), G, X, D,
-                G.shape[1], _step(G), _step(X), decay, v_th, lens, 1 / (2 * lens))
-    return dx
-
-
-def _lif_outputs(x, save, strides):
-    T = x.shape[0]
-    spikes = planes_like(x, T, strides)
+def _lif_outputs(x, save):
+    spikes = planes_like(x, len(x))
     if not save:
         return spikes, x.new_empty(0, dtype=torch.uint8)
-    return spikes, planes_like(x, (T + 3) // 4, strides, torch.uint8)
+    return spikes, planes_like(x, (len(x) + 3) // 4, torch.uint8)
 
 
-@_lif.register_fake
-def _(x, decay, v_th, lens, detach_reset, save, impl):
-    return _lif_outputs(x, save, plane_strides(x))
-
-
-@_lif_backward.register_fake
-def _(g, bits, decay, lens, impl):
-    return planes_like(g, g.shape[0], plane_strides(bits))
-
-
-@_lif_backward_full.register_fake
-def _(g, x, decay, v_th, lens, impl):
-    return planes_like(x, x.shape[0], plane_strides(x))
+_lif.register_fake(lambda x, *rest: _lif_outputs(x, save=rest[-2]))
+_lif_backward.register_fake(lambda g, saved, *_: planes_like(saved, len(g), g.dtype))
 
 
 # ---------------------------------------------------------------------------- derivatives
@@ -379,11 +358,9 @@ def _save(ctx, inputs, output):
 
 def _gradient(g, saved, decay, v_th, lens, detach_reset, bits_saved, impl):
     """dX from the bits or, where they were not saved, from x."""
-    if not detach_reset:
-        return _lif_backward_full(g, saved, decay, v_th, lens, impl)
-    if not bits_saved:
+    if detach_reset and not bits_saved:
         saved = _lif(saved, decay, v_th, lens, True, True, impl)[1]
-    return _lif_backward(g, saved, decay, lens, impl)
+    return _lif_backward(g, saved, decay, v_th, lens, detach_reset, impl)
 
 
 def no_second_derivative(name):
@@ -395,7 +372,7 @@ def _backward(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         no_second_derivative("lif")
     dx = _gradient(g, *ctx.saved_tensors, *ctx.neuron, ctx.bits_saved, ctx.impl)
-    return dx, None, None, None, None, None, None
+    return dx, *[None] * 6
 
 
 _lif.register_autograd(_backward, setup_context=_save)
@@ -446,7 +423,7 @@ def over_batches(function):
     return rule
 
 
-for _op in (_lif, _lif_backward, _lif_backward_full):
+for _op in (_lif, _lif_backward):
     _op.register_vmap(over_batches(_op))
     refuse_forward_mode(_op)
 
@@ -484,7 +461,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx = _Gradient.apply(g, *ctx.saved_tensors, *ctx.neuron, False, ctx.impl)
-        return dx, None, None, None, None, None
+        return dx, *[None] * 5
 
 
 for _function in (_Gradient, _Transformed):

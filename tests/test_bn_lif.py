@@ -119,7 +119,7 @@ def test_kernels_equal_specification(shape, layout, residual_layout, neuron, dty
 
     # statistics of x: bit for bit given those that the kernels took
     eps = neuron.get("eps", 1e-5)
-    parts = module._statistics(module._rows(x.detach()))
+    parts = module._statistics(x.detach())
     vectors = module._vectors(parts, weight.detach(), bias.detach(), None, None, 0.1, eps)
     taken_mean, taken_var = vectors[:2, :shape[2]]
     torch.testing.assert_close(taken_mean, mean, rtol=1e-5, atol=1e-6)
@@ -163,12 +163,10 @@ def test_more_parts_than_a_tile_of_the_combining_kernels(monkeypatch):
 @pytest.mark.parametrize("C, B", [(64, 1), (16, 4), (10, 2), (3, 4), (10, 1), (1, 1), (96, 3)])
 def test_tiles_are_full_whatever_the_channels(C, B):
     """64 columns, so that accesses are 16 bytes wide, and no more tiles than the memory fills."""
-    x = torch.empty(4, B * 16, C)
+    x = torch.empty(4, B, C, 4, 4)
     down, across = module._grid(x, 4)
     assert across * module.COLUMNS % C == 0
-    row = across * module.COLUMNS
-    assert (down - 1) * row * module.TILE // module.COLUMNS < x[0].numel() <= down * row * (
-        module.TILE // module.COLUMNS)
+    assert (down - 1) * across * module.TILE < x[0].numel() <= down * across * module.TILE
 
 
 @needs_triton
@@ -420,7 +418,6 @@ def test_derivative_whoever_asks_for_it(impl):
 def test_opcheck():
     T, C = 5, 3
     x, weight, bias, residual, g = inputs(T, 2, C, 4, 4, residual_layout="channels_last")
-    x, residual, g = (module._rows(t) for t in (x, residual, g))
     data, given = x.detach(), (weight.detach(), bias.detach())
     running = torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)
     parts = module._statistics(data)
