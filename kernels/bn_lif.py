@@ -33,7 +33,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.lif import check, lif, lif_reference, no_second_derivative, refuse_forward_mode, triton
+from kernels.lif import (
+    check,
+    lif,
+    lif_reference,
+    no_second_derivative,
+    refuse_forward_mode,
+    state_dtype,
+    triton,
+)
 
 if triton is not None:
     import triton.language as tl
@@ -41,10 +49,6 @@ if triton is not None:
     from kernels.lif import backward_step, fire, load_steps, pack, reset
 
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
-
-
-def _accumulator(x):
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------- the specification
@@ -55,7 +59,7 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 
     x (T, B, C, H, W) -> spikes of x's shape and dtype. mean, var (C,): of x if None.
     """
-    acc, per_channel = _accumulator(x), (-1, 1, 1)
+    acc, per_channel = state_dtype(x), (-1, 1, 1)
     x_acc = x.to(acc)
     if mean is None:
         var, mean = torch.var_mean(x_acc, (0, 1, 3, 4), correction=0)
@@ -97,16 +101,17 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     if group is None or not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     per_channel, ranks, name = (-1, 1, 1), group.size(), group.group_name
-    x_acc = x.to(_accumulator(x))
-    # the mean first: the variance of what it is taken from loses no digits to a large mean
+    x_acc = x.to(state_dtype(x))
+    # two rounds of messages: squares of what is centred lose no digits to a large mean
     mean = _AllReduce.apply(x_acc.mean((0, 2, 3)), name) / ranks
     centred = x_acc - mean.view(per_channel)
     var = _AllReduce.apply(centred.square().mean((0, 2, 3)), name) / ranks
     if running_mean is not None:
         n = ranks * x.numel() // x.shape[1]
+        unbiased = var * (n / (n - 1))
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     y = centred * (var + eps).rsqrt().view(per_channel)
     if weight is not None:
         y = y * weight.view(per_channel) + bias.view(per_channel)
@@ -164,20 +169,17 @@ if triton is not None:
         return tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
 
     @triton.jit
-    def _tile(row, W, N, BR: tl.constexpr):
-        """Offsets and mask of the rows from `row` on, in this program's columns."""
+    def _tile(row, W, N, BR: tl.constexpr):  # offsets, mask: the rows from `row` on
         r = row + tl.arange(0, BR)[:, None]
         offsets = r.to(tl.int64) * W + _columns()
         return offsets, offsets < N
 
     @triton.jit
-    def _channels(Vectors, row, W):
-        """A row of (rows, W) vectors, in this program's columns."""
+    def _channels(Vectors, row, W):  # (rows, W) -> (1, BC)
         return tl.load(Vectors + row * W + _columns())
 
     @triton.jit
-    def _store_part(Parts, row, values, W):
-        """Sums of the columns into Parts (rows, programs, W)."""
+    def _store_part(Parts, row, values, W):  # sums of the columns -> Parts (rows, programs, W)
         part = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         tl.store(Parts + part * W + _columns(), tl.sum(values, 0, keep_dims=True))
 
@@ -188,6 +190,7 @@ if triton is not None:
         Reads x. shift is the mean of the first tile: fp32 loses nothing to a large common mean.
         """
         first = tl.program_id(0) * BR
+        rows = tl.cdiv(N, W).to(tl.int32)
         offsets, inside = _tile(first, W, N, BR)
         x = tl.load(X + offsets, inside, 0).to(tl.float32)
         # beyond the end of a short last row there is nothing, not even a mean
@@ -196,7 +199,6 @@ if triton is not None:
         count = tl.zeros([BR, BC], tl.float32)
         s1 = count
         s2 = count
-        rows = tl.cdiv(N, W).to(tl.int32)
         for row in range(first, rows, tl.num_programs(0) * BR):
             offsets, inside = _tile(row, W, N, BR)
             xs = load_steps(X, N, offsets, inside, T)
@@ -211,14 +213,14 @@ if triton is not None:
         _store_part(Parts, 3, s2, W)
 
     @triton.jit
-    def _part(Parts, row, p, P, c, C):
-        """A tile of Parts (rows, P, C), in fp64."""
-        inside = (p < P) & (c < C)
-        return tl.load(Parts + (row * P + p).to(tl.int64) * C + c, inside, 0.0).to(tl.float64)
+    def _part(Parts, row, p, P, c, C):  # a tile of Parts (rows, P, C)
+        offsets = (row * P + p).to(tl.int64) * C + c
+        # fp64: the sums of many programs
+        return tl.load(Parts + offsets, (p < P) & (c < C), 0.0).to(tl.float64)
 
     @triton.jit
-    def _store_channels(Vectors, row, value, c, C, W):
-        """Into a row of vectors (rows, W), W/C times side by side."""
+    def _store_channels(Vectors, row, value, c, C, W):  # (1, CHANNELS) -> (rows, W)
+        # side by side, for every copy of a channel in a row
         for column in range(0, W, C):
             tl.store(Vectors + row * W + column + c, value, c < C)
 
@@ -244,7 +246,8 @@ if triton is not None:
             part = _part(Parts, 2, p, P, c, C)
             count += n
             s1 += part + n * d
-            s2 += _part(Parts, 3, p, P, c, C) + d * (2 * part + n * d)
+            squares = _part(Parts, 3, p, P, c, C)
+            s2 += squares + d * (2 * part + n * d)
         # nothing to count where c >= C
         n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)
         s1 = tl.sum(s1, 0, keep_dims=True)
@@ -276,7 +279,8 @@ if triton is not None:
         xs = load_steps(X, N, offsets, inside, TX)
         if Residual is not None:
             residuals = load_steps(Residual, N, offsets, inside, T)
-        scale, shift = _channels(Vectors, SCALE, W), _channels(Vectors, SHIFT, W)
+        scale = _channels(Vectors, SCALE, W)
+        shift = _channels(Vectors, SHIFT, W)
         leak = tl.zeros([BR, BC], tl.float32)
         code = tl.zeros([BR, BC], tl.int32)
         for t in tl.static_range(T):
@@ -302,15 +306,15 @@ if triton is not None:
         mean = _channels(Vectors, MEAN, W)
         s1 = tl.zeros([BR, BC], tl.float32)
         s2 = s1
-        R = tl.cdiv(N, W).to(tl.int32)
-        for row in range(tl.program_id(0) * BR, R, tl.num_programs(0) * BR):
+        rows = tl.cdiv(N, W).to(tl.int32)
+        for row in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
             offsets, inside = _tile(row, W, N, BR)
             gs = load_steps(G, N, offsets, inside, T)
             codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
             xs = load_steps(X, N, offsets, inside, TX)
             du = tl.zeros([BR, BC], tl.float32)
             for t in tl.static_range(T - 1, -1, -1):
-                du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+                du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
                 s1 += du
                 s2 += du * (xs[t % TX].to(tl.float32) - mean)
         _store_part(Parts, 0, s1, W)
@@ -347,12 +351,13 @@ if triton is not None:
         if Means is not None:
             xs = load_steps(X, N, offsets, inside, TX)
             mean = _channels(Vectors, MEAN, W)
-            mean_d, slope = _channels(Means, 0, W), _channels(Means, 1, W)
+            mean_d = _channels(Means, 0, W)
+            slope = _channels(Means, 1, W)
         scale = _channels(Vectors, SCALE, W)
         du = tl.zeros([BR, BC], tl.float32)
         total = du
         for t in tl.static_range(T - 1, -1, -1):
-            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+            du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
             if DResidual is not None:
                 tl.store(DResidual + t * N + offsets, du, inside)
             total += du
@@ -373,11 +378,11 @@ def _rows(x):
 def _planes(x, T, dtype=None):
     """Empty (T, B, C, H, W) in channels-last memory, shape and dtype else as x."""
     _, B, C, H, W = x.shape
-    return x.new_empty(T, B, H, W, C, dtype=dtype or x.dtype).permute(0, 1, 4, 2, 3)
+    memory = x.new_empty(T, B, H, W, C, dtype=dtype or x.dtype)
+    return memory.permute(0, 1, 4, 2, 3)
 
 
-def _width(C):
-    """Columns of a row: whole tiles, whole sets of channels."""
+def _width(C):  # columns of a row: whole tiles, whole sets of channels
     return math.lcm(COLUMNS, C)
 
 
@@ -401,28 +406,27 @@ def _grid(x, T, programs=None):
 
 
 def _launch(kernel, x, T, *args, programs=None, **constants):
-    """Over tiles; multiply-adds stay apart (no contraction), as in the specification."""
+    grid = _grid(x, T, programs)
     rows = tile_size(T, x.element_size()) // COLUMNS
     W, N = _width(x.shape[2]), x[0].numel()
+    # products and sums stay apart (no contraction), as in the specification
     with torch.cuda.device_of(x):
-        kernel[_grid(x, T, programs)](*args, W, N, T=T, BR=rows, num_warps=4,
-                                      enable_fp_fusion=False, **constants)
+        kernel[grid](*args, W, N, T=T, BR=rows, num_warps=4, enable_fp_fusion=False, **constants)
 
 
-def _launch_combine(kernel, parts, *args):
-    """Over channels."""
+def _launch_combine(kernel, parts, *args):  # over channels, where _launch is over tiles
     _, P, C = parts.shape
+    grid = (triton.cdiv(C, CHANNELS),)
     with torch.cuda.device_of(parts):
-        kernel[(triton.cdiv(C, CHANNELS),)](parts, P, C, _width(C), *args, BP=PARTS,
-                                            CHANNELS=CHANNELS, num_warps=8,
-                                            enable_fp_fusion=False)
+        kernel[grid](parts, P, C, _width(C), *args, BP=PARTS, CHANNELS=CHANNELS, num_warps=8,
+                     enable_fp_fusion=False)
 
 
 # what the operators return, and their fakes in a trace
 
-def _new_parts(x, T, rows):
-    """(rows, P, C): of each program of a reduction, and of each copy of a channel in a row of W."""
+def _new_parts(x, T, rows):  # (rows, P, C)
     C = x.shape[2]
+    # one of each program and of each copy of a channel in a row
     programs, _ = _grid(x, T, REDUCING)
     return x.new_empty(rows, programs * (_width(C) // C), C, dtype=torch.float32)
 
@@ -495,7 +499,8 @@ def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
 def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor, decay: float,
               lens: float, training: bool, ranks: int,
               need_dresidual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight over the ranks."""
+    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight, each
+    over the number of ranks."""
     dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
     means = _new_vectors(parts, 2)
     n = ranks * x.numel() // x.shape[2]
@@ -532,9 +537,10 @@ def _autograd(ctx, g, _):
     parts = _reduce(g, bits, x, vectors, decay, lens)
     if group:
         parts = _all_reduce(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
-    dx, dresidual, (dbias, dweight) = _backward(g, bits, x, vectors, parts, decay, lens, training,
-                                                ranks, need_dresidual)
-    # the parameters' are the mean over ranks, which DDP's mean keeps and a sum adds up
+    dx, dresidual, sums = _backward(g, bits, x, vectors, parts, decay, lens, training, ranks,
+                                    need_dresidual)
+    # on every rank the same share of the whole: their sum is right, and so is DDP's mean
+    dbias, dweight = sums
     return dx, dresidual if need_dresidual else None, dweight, dbias, *[None] * 9
 
 
@@ -547,17 +553,20 @@ for _op in (_statistics, _vectors, _bn_lif, _reduce, _backward):
 # ---------------------------------------------------------------------------- what users call
 
 def _as_parts(n, mean, var):
-    """mean and var (P, C), each of n values, as parts of statistics (4, P, C)."""
-    return torch.stack([torch.full_like(mean, n), mean, torch.zeros_like(mean), var * n])
+    """Parts of statistics (4, P, C): mean and var (P, C), each of n values."""
+    count, zero = torch.full_like(mean, n), torch.zeros_like(mean)
+    return torch.stack([count, mean, zero, var * n])
 
 
 def _gather(parts, n, group):
-    """One part a rank (4, ranks, C), from this rank's (4, P, C): a mean and a variance travel."""
-    C = parts.shape[2]
-    one, ops = parts.new_ones(C), torch.ops._c10d_functional
-    own = _vectors(parts, one, one, None, None, 0.0, 0.0)[:2, :C].contiguous()
-    every = ops.wait_tensor(ops.all_gather_into_tensor(own, group.size(), group.group_name))
-    mean, var = every.unflatten(0, (-1, 2)).unbind(1)  # (ranks*2, C) -> (ranks, C), twice
+    """Parts of all ranks (4, ranks, C) from this rank's (4, P, C), n values a channel."""
+    C, ops = parts.shape[2], torch.ops._c10d_functional
+    # only a mean and a variance travel; what weight and bias make of them goes nowhere
+    ones = parts.new_ones(C)
+    own = _vectors(parts, ones, ones, None, None, 0.0, 0.0)[:2, :C].contiguous()
+    every = ops.all_gather_into_tensor(own, group.size(), group.group_name)
+    every = ops.wait_tensor(every).unflatten(0, (-1, 2))  # (ranks*2, C) -> (ranks, 2, C)
+    mean, var = every.unbind(1)
     return _as_parts(n, mean, var)
 
 
@@ -615,16 +624,20 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
         raise ValueError("running_mean and running_var must be given together, or neither")
     if not training and running_mean is None:
         raise ValueError("training=False needs running_mean and running_var")
-    group = None if group is None or group.size() == 1 or not training else group
-    if training and x.numel() * (1 if group is None else group.size()) < 2 * C:
+    if group is not None and (group.size() == 1 or not training):
+        group = None  # there is nothing to share
+    ranks = 1 if group is None else group.size()
+    if training and ranks * x.numel() < 2 * C:
         raise ValueError("batch statistics need more than one value a channel, x is "
                          f"{tuple(x.shape)}")
-    if (impl != "triton" or not detach_reset or not x.numel()
-            or torch._C._are_functorch_transforms_active()):
+
+    fused = impl == "triton" and detach_reset and x.numel() > 0
+    if not fused or torch._C._are_functorch_transforms_active():
         # in three steps; the current is fp32 for bf16 and fp16 too
-        current = batch_norm(x.flatten(0, 1).to(_accumulator(x)), running_mean, running_var, weight,
-                             bias, training, momentum, eps, group)
-        current = current.unflatten(0, x.shape[:2]).expand(shape)
+        folded = x.flatten(0, 1).to(state_dtype(x))  # (T, B, C, H, W) -> (T*B, C, H, W)
+        current = batch_norm(folded, running_mean, running_var, weight, bias, training, momentum,
+                             eps, group)
+        current = current.unflatten(0, x.shape[:2]).expand(shape)  # -> (T, B, C, H, W)
         if residual is not None:
             current = current + residual
         return lif(current, *neuron, bool(detach_reset), impl).to(x.dtype)
@@ -633,16 +646,17 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
     x = _rows(x).permute(0, 1, 4, 2, 3)
     if residual is not None:
         residual = residual.to(x.dtype)
-    # the statistics' part of the derivative is idsnn::bn_lif's
+    # the derivative is idsnn::bn_lif's alone, that of the statistics included
     constant = weight.detach(), bias.detach()
-    if not training:  # constants are the statistics of one value each; there is no update
+    if training:
+        parts = _statistics(x.detach())
+    else:
+        # those of a single value that is the mean; and nothing to update
         parts = _as_parts(1, running_mean[None], running_var[None])
         running_mean = running_var = None
-    else:
-        parts = _statistics(x.detach())
-    name, ranks = "", 1
+    name = ""
     if group is not None:
-        name, ranks = group.group_name, group.size()
+        name = group.group_name
         parts = _gather(parts, x.numel() // C, group)
     vectors = _vectors(parts, *constant, running_mean, running_var, momentum, eps)
     inputs = x, residual, weight, bias

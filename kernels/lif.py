@@ -38,6 +38,11 @@ MAX_T = 32  # the kernels unroll over T
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
 
 
+def state_dtype(x):
+    """fp32 whatever the dtype of x, fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 # ---------------------------------------------------------------------------- the specification
 
 class _Spike(torch.autograd.Function):
@@ -62,10 +67,12 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
     Same dtype out; the state is fp32 for bf16 and fp16 input, fp64 for fp64. Slow; everything else
     is tested against it.
     """
-    u = f = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    u = f = torch.zeros_like(x[0], dtype=state_dtype(x))
     spikes = []
     for t in range(x.shape[0]):
-        u = u * decay * (1 - (f.detach() if detach_reset else f)) + x[t].to(u.dtype)
+        if detach_reset:
+            f = f.detach()
+        u = u * decay * (1 - f) + x[t].to(u.dtype)
         f = _Spike.apply(u, v_th, lens)
         spikes.append(f.to(x.dtype))
     return torch.stack(spikes)
@@ -77,9 +84,10 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
 def planes_like(x, T, dtype=None):
     """Empty (T, ...), one dense plane after another, dimensions in the order that they have in
     x[0]; shape and dtype else as x."""
-    shape = T, *x.shape[1:]
+    N = math.prod(x.shape[1:])
+    # a dense plane keeps its own order, whatever it is
     strides = torch.empty_like(x[0], device="meta").stride()
-    return x.new_empty_strided(shape, (math.prod(shape[1:]), *strides), dtype=dtype or x.dtype)
+    return x.new_empty_strided((T, *x.shape[1:]), (N, *strides), dtype=dtype or x.dtype)
 
 
 def flat(x, like):
@@ -87,9 +95,10 @@ def flat(x, like):
 
     T-stride N, or 0 if x is expanded.
     """
-    T, N = x.shape[0], math.prod(x.shape[1:])
-    strides = zip(x.shape[1:], x.stride()[1:], like.stride()[1:])
-    dense = all(a == b for n, a, b in strides if n > 1)
+    T, N = len(x), math.prod(x.shape[1:])
+    dimensions = zip(x.shape[1:], x.stride()[1:], like.stride()[1:])
+    # the stride of a dimension of size 1 is never used
+    dense = all(stride == wanted for size, stride, wanted in dimensions if size > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
         x = planes_like(like, T, x.dtype).copy_(x)
     return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
@@ -103,13 +112,14 @@ def flat(x, like):
 
 def _chunks(x):
     N = x.shape[1]
-    size = 2**17 * torch.get_num_threads() if x.device.type == "cpu" else max(N, 1)
+    size = max(N, 1)
+    if x.device.type == "cpu":
+        size = 2**17 * torch.get_num_threads()  # neurons: half a MiB of each buffer and thread
     return (slice(i, min(i + size, N)) for i in range(0, N, size))
 
 
 def _buffers(x, s, n):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(n, s.stop - s.start, dtype=dtype).unbind()
+    return x.new_empty(n, s.stop - s.start, dtype=state_dtype(x)).unbind()
 
 
 def forward_torch(x, spikes, bits, decay, v_th, lens):
@@ -118,13 +128,16 @@ def forward_torch(x, spikes, bits, decay, v_th, lens):
     for s in _chunks(x):
         leak, keep, distance, code, u_out = _buffers(x, s, 5)
         for t in range(T):
-            u, f = x[t, s].to(leak.dtype), spikes[t, s]
+            u = x[t, s].to(leak.dtype)
+            f = spikes[t, s]
             if t:
                 u = torch.addcmul(u, leak, keep, out=u_out)
             torch.gt(u, v_th, out=f)
+            # what the next step needs
             if t < T - 1:
                 torch.mul(u, decay, out=leak)
                 torch.le(u, v_th, out=keep)  # 1 - F
+            # what the backward needs
             if bits is not None:
                 window = torch.sub(u, v_th, out=distance).abs_().lt_(lens)
                 if t % 4 == 0:
@@ -148,6 +161,7 @@ def backward_torch(g, bits, dx, decay, lens):
             # 1/(2*lens) or 0, exactly: a power of two comes and goes
             window.copy_(torch.bitwise_and(byte, 2 * bit, out=masked))
             window.mul_(1 / (2 * lens) / (2 * bit))
+            # straight to where it belongs, unless that would round the next steps too
             out = dx[t, s] if dx.dtype == keep.dtype else du_out
             du = torch.mul(g[t, s].to(keep.dtype), window, out=out)
             if t < T - 1:
@@ -161,16 +175,18 @@ def backward_torch(g, bits, dx, decay, lens):
 
 def backward_full_torch(g, x, dx, decay, v_th, lens):
     """Plain derivative: g (T, N), x (T, N) -> dx (T, N). Rare, so without buffers."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = state_dtype(x)
     us, leak = [], 0
     for x_t in x.to(dtype):
         us.append(leak + x_t)
         leak = us[-1] * decay * (us[-1] <= v_th)
     du = torch.zeros_like(us[0])
     for t in reversed(range(len(us))):
-        u, g_t = us[t], g[t].to(dtype)
-        window = ((u - v_th).abs() < lens).to(dtype) * (1 / (2 * lens))
-        du = (g_t - du * (u * decay)) * window + du * decay * (u <= v_th)
+        u = us[t]
+        surrogate = ((u - v_th).abs() < lens).to(dtype) * (1 / (2 * lens))
+        # a spike more at t is a reset of u*decay more
+        g_t = g[t].to(dtype) - du * (u * decay)
+        du = g_t * surrogate + du * decay * (u <= v_th)
         dx[t] = du
 
 
@@ -196,7 +212,7 @@ if triton is not None:
     @triton.jit
     def fire(leak, x, v_th, lens):
         """One step: leak (0 after a spike) and input -> U (eq. 2), F (eq. 3), window (eq. 4)."""
-        u = leak + x
+        u = leak + x.to(tl.float32)
         return u, u > v_th, tl.abs(u - v_th) < lens
 
     @triton.jit
@@ -207,29 +223,36 @@ if triton is not None:
     @triton.jit
     def pack(code, fired, window, t):
         """Put step t's two bits into the byte."""
-        return code | ((fired.to(tl.int32) | (window.to(tl.int32) << 1)) << (2 * (t % 4)))
+        bits = fired.to(tl.int32) | (window.to(tl.int32) << 1)
+        return code | (bits << (2 * (t % 4)))
 
     @triton.jit
     def backward_step(g, du, code, t, decay, inv):
         """dU[t+1] -> dU[t] with the reset detached, from step t's two bits."""
         code = code.to(tl.int32) >> (2 * (t % 4))
         surrogate = tl.where((code & 2) != 0, inv, 0.0)
-        return g * surrogate + du * tl.where((code & 1) != 0, 0.0, decay)
+        keep = tl.where((code & 1) != 0, 0.0, decay)
+        return g.to(tl.float32) * surrogate + du * keep
+
+    @triton.jit
+    def _neurons(N, BLOCK: tl.constexpr):
+        """This program's neurons, and which of them there are."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        return n, n < N
 
     @triton.jit(do_not_specialize=["step"])
-    def _forward_kernel(X, F, Bits, N: tl.int64, step, decay, v_th, lens,
-                        T: tl.constexpr, BLOCK: tl.constexpr):
+    def _forward_kernel(X, N: tl.int64, step, F, Bits, decay, v_th, lens, T: tl.constexpr,
+                        BLOCK: tl.constexpr):
         """Eq. 2-3. Reads X, writes F and, unless Bits is None, two bits per neuron-step.
 
         X moves on by step*N a time-step; step is 0 (the same current at every step) or 1.
         """
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         xs = load_steps(X, step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         code = tl.zeros([BLOCK], tl.int32)
         for t in tl.static_range(T):
-            u, fired, window = fire(leak, xs[t].to(tl.float32), v_th, lens)
+            u, fired, window = fire(leak, xs[t], v_th, lens)
             tl.store(F + t * N + n, tl.where(fired, 1.0, 0.0), inside)
             leak = reset(u, fired, decay)
             if Bits is not None:
@@ -239,30 +262,28 @@ if triton is not None:
                     code = tl.zeros([BLOCK], tl.int32)
 
     @triton.jit(do_not_specialize=["step"])
-    def _backward_kernel(G, Bits, DX, N: tl.int64, step, decay, inv,
-                         T: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward_kernel(G, N: tl.int64, step, Bits, DX, decay, inv, T: tl.constexpr,
+                         BLOCK: tl.constexpr):
         """Detached reset. Reads g and two bits, writes dX. G moves on by step*N a time-step."""
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         gs = load_steps(G, step * N, n, inside, T)
         codes = load_steps(Bits, N, n, inside, (T + 3) // 4)
         du = tl.zeros([BLOCK], tl.float32)
         for t in tl.static_range(T - 1, -1, -1):
-            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+            du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
             tl.store(DX + t * N + n, du, inside)
 
     @triton.jit(do_not_specialize=["g_step", "x_step"])
-    def _backward_full_kernel(G, X, DX, N: tl.int64, g_step, x_step, decay, v_th, lens, inv,
+    def _backward_full_kernel(G, N: tl.int64, g_step, X, x_step, DX, decay, v_th, lens, inv,
                               T: tl.constexpr, BLOCK: tl.constexpr):
         """Plain derivative. Reads X, recomputes U into registers, reads g, writes dX."""
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         xs = load_steps(X, x_step * N, n, inside, T)
         gs = load_steps(G, g_step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         us = ()
         for t in tl.static_range(T):
-            u, fired, _ = fire(leak, xs[t].to(tl.float32), v_th, lens)
+            u, fired, _ = fire(leak, xs[t], v_th, lens)
             leak = reset(u, fired, decay)
             us = us + (u,)
         du = tl.zeros([BLOCK], tl.float32)
@@ -278,18 +299,27 @@ if triton is not None:
 def block_size(itemsize, planes):
     """Neurons per program: 16 bytes for each of 128 threads; fewer where more than 16 planes of
     each stay in registers."""
-    return 128 * 16 // itemsize // (1 if planes <= 16 else 2 if planes <= 32 else 4)
+    block = 128 * 16 // itemsize
+    for limit in (16, 32):
+        if planes > limit:
+            block //= 2
+    return block
+
+
+def _step(x):
+    return int(x.stride(0) != 0)  # 0: one plane, the same current each step
 
 
 def _launch(kernel, planes, x, *args):
-    """x (T, N) of so many loaded planes. Multiply-adds stay apart (no contraction), as in the
-    specification."""
+    """x (T, N), and what follows N and x's step; so many planes are loaded."""
     T, N = x.shape
     block = block_size(x.element_size(), planes)
-    if N:
-        with torch.cuda.device_of(x):
-            kernel[(triton.cdiv(N, block),)](x, *args, T=T, BLOCK=block, num_warps=4,
-                                             enable_fp_fusion=False)
+    if N == 0:
+        return
+    # products and sums stay apart (no contraction), as in the specification
+    grid = (triton.cdiv(N, block),)
+    with torch.cuda.device_of(x):
+        kernel[grid](x, N, _step(x), *args, T=T, BLOCK=block, num_warps=4, enable_fp_fusion=False)
 
 
 # ---------------------------------------------------------------------------- operators
@@ -298,10 +328,6 @@ def _launch(kernel, planes, x, *args):
 # differentiated later) the derivative computes anew what it needs from x.
 
 Tensor = torch.Tensor
-
-
-def _step(x):
-    return int(x.stride(0) != 0)  # 0: one plane, the same current each step
 
 
 @torch.library.custom_op("idsnn::lif", mutates_args=())
@@ -314,7 +340,7 @@ def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, 
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
     else:
-        _launch(_forward_kernel, len(X), X, F, B, X.shape[1], _step(X), decay, v_th, lens)
+        _launch(_forward_kernel, len(X), X, F, B, decay, v_th, lens)
     return spikes, bits
 
 
@@ -324,16 +350,15 @@ def _lif_backward(g: Tensor, saved: Tensor, decay: float, v_th: float, lens: flo
     """dX from g and what was saved: the bits or, for the plain derivative, x."""
     dx = planes_like(saved, len(g), g.dtype)
     G, S, D = (flat(t, dx) for t in (g, saved, dx))
-    N, inv = G.shape[1], 1 / (2 * lens)
+    inv = 1 / (2 * lens)
     if impl == "torch" and detach_reset:
         backward_torch(G, S, D, decay, lens)
     elif impl == "torch":
         backward_full_torch(G, S, D, decay, v_th, lens)
     elif detach_reset:
-        _launch(_backward_kernel, len(G), G, S, D, N, _step(G), decay, inv)
+        _launch(_backward_kernel, len(G), G, S, D, decay, inv)
     else:
-        _launch(_backward_full_kernel, 2 * len(G), G, S, D, N, _step(G), _step(S), decay, v_th,
-                lens, inv)
+        _launch(_backward_full_kernel, 2 * len(G), G, S, _step(S), D, decay, v_th, lens, inv)
     return dx
 
 
@@ -352,7 +377,8 @@ _lif_backward.register_fake(lambda g, saved, *_: planes_like(saved, len(g), g.dt
 
 def _save(ctx, inputs, output):
     x, *ctx.neuron, ctx.bits_saved, ctx.impl = inputs
-    ctx.save_for_backward(output[1] if ctx.bits_saved else x)
+    spikes, bits = output
+    ctx.save_for_backward(bits if ctx.bits_saved else x)
     ctx.set_materialize_grads(False)  # no zeros for the bits
 
 
@@ -411,14 +437,16 @@ def over_batches(function):
     def behind_T(arg, dim, batch_size):
         if not isinstance(arg, Tensor):
             return arg
-        if dim is None:  # the same for the whole batch
-            arg, dim = arg.unsqueeze(1).expand(len(arg), batch_size, *arg.shape[1:]), 1
-        return arg.movedim(dim, 1)  # (T, batch, ...)
+        if dim is None:  # the same for the whole batch: (T, ...) -> (T, batch, ...)
+            return arg.unsqueeze(1).expand(len(arg), batch_size, *arg.shape[1:])
+        return arg.movedim(dim, 1)  # -> (T, batch, ...)
 
     def rule(info, in_dims, *args):
-        out = function(*(behind_T(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
+        batched = [behind_T(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)]
+        out = function(*batched)
         if isinstance(out, tuple):
-            return out, tuple(1 if o.dim() > 1 else None for o in out)  # None: the bits, empty
+            # bits that were not asked for are empty, without a batch
+            return out, tuple(1 if o.dim() > 1 else None for o in out)
         return out, 1
     return rule
 
