@@ -156,7 +156,7 @@ COLUMNS = 64
 # with all the registers they need (128 a thread). a fixed number, so that sums don't depend on the
 # device.
 REDUCING = 4 * 132
-PARTS, CHANNELS = 512, 8  # tile of the kernels that combine the parts of a reduction
+PARTS, CHANNELS = 256, 8  # tile of the kernels that combine the parts of a reduction
 
 if triton is not None:
     BC = tl.constexpr(COLUMNS)
@@ -563,7 +563,7 @@ def _gather(parts, n, group):
     C, ops = parts.shape[2], torch.ops._c10d_functional
     # only a mean and a variance travel; what weight and bias make of them goes nowhere
     ones = parts.new_ones(C)
-    own = _vectors(parts, ones, ones, None, None, 0.0, 0.0)[:2, :C].contiguous()
+    own = _vectors(parts, ones, ones, None, None, 0.0, 1.0)[:2, :C].contiguous()
     every = ops.all_gather_into_tensor(own, group.size(), group.group_name)
     every = ops.wait_tensor(every).unflatten(0, (-1, 2))  # (ranks*2, C) -> (ranks, 2, C)
     mean, var = every.unbind(1)
