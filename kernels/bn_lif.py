@@ -236,24 +236,25 @@ if triton is not None:
         weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
         bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
         m = _part(Parts, 1, 0, P, c, C)
-        count = tl.zeros([BP, CHANNELS], tl.float64)
-        s1 = count
-        s2 = count
+        counts = tl.zeros([BP, CHANNELS], tl.float64)
+        sums = counts
+        squares = counts
         for first in range(0, P, BP):
             p = first + tl.arange(0, BP)[:, None]
-            n = _part(Parts, 0, p, P, c, C)
+            count = _part(Parts, 0, p, P, c, C)
             d = _part(Parts, 1, p, P, c, C) - m
-            part = _part(Parts, 2, p, P, c, C)
-            count += n
-            s1 += part + n * d
-            squares = _part(Parts, 3, p, P, c, C)
-            s2 += squares + d * (2 * part + n * d)
-        # nothing to count where c >= C
-        n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)
-        s1 = tl.sum(s1, 0, keep_dims=True)
-        deviations = tl.sum(s2, 0, keep_dims=True) - s1 * (s1 / n)
-        mean = m + s1 / n
-        var = tl.maximum(deviations, 0.0) / n
+            s1 = _part(Parts, 2, p, P, c, C)
+            s2 = _part(Parts, 3, p, P, c, C)
+            counts += count
+            sums += s1 + count * d
+            squares += s2 + d * (2 * s1 + count * d)
+        # nothing was counted where c >= C
+        n = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
+        # mean - m and, rounding apart never negative, var
+        offset = tl.sum(sums, 0, keep_dims=True) / n
+        var = tl.sum(squares, 0, keep_dims=True) / n - offset * offset
+        var = tl.maximum(var, 0.0)
+        mean = m + offset
         if RunningMean is not None:
             old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
             old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
@@ -323,8 +324,8 @@ if triton is not None:
     @triton.jit
     def _means_kernel(Parts, P, C, W, Vectors, Sums, Means, n, ranks, BP: tl.constexpr,
                       CHANNELS: tl.constexpr):
-        """Parts (2, P, C) -> Sums (2, C), dbias and dweight of one of the ranks, and Means (2, W),
-        dbias/n and dweight/n/std of all."""
+        """Parts (2, P, C) -> Sums (2, C), dbias and dweight over the number of ranks, and Means
+        (2, W), dbias/n and dweight/n/std."""
         c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         s1 = tl.zeros([BP, CHANNELS], tl.float64)
         s2 = s1
