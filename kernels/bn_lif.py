@@ -235,7 +235,7 @@ if triton is not None:
         c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
         bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
-        m = _part(Parts, 1, 0, P, c, C)
+        m = _part(Parts, 1, tl.zeros([1, 1], tl.int32), P, c, C)
         counts = tl.zeros([BP, CHANNELS], tl.float64)
         sums = counts
         squares = counts

@@ -65,7 +65,7 @@ def lif_cases():
 def bn_lif_cases():
     """As above."""
     K = importlib.import_module("kernels.bn_lif")
-    kernels = {  # planes of x, where it isn't T, and the pointers that are None
+    kernels = {  # constants (planes of x, where not T; Triton makes one of 1) and pointers to None
         "statistics": (K._statistics_kernel, {}, ""),
         "forward": (K._forward_kernel, {}, ""),
         "inference": (K._forward_kernel, {}, "Bits Residual"),
@@ -74,16 +74,19 @@ def bn_lif_cases():
         "apply": (K._apply_kernel, {}, ""),
         "apply_static": (K._apply_kernel, {"TX": 1}, "DResidual"),
         "vectors": (K._vectors_kernel, {}, ""),
-        "means": (K._means_kernel, {}, "")}
+        "means": (K._means_kernel, {}, ""),
+        "vectors_of_constants": (K._vectors_kernel, {"P": 1}, "RunningMean RunningVar"),
+        "vectors_of_one_channel": (K._vectors_kernel, {"C": 1}, ""),
+        "means_of_one_part": (K._means_kernel, {"P": 1, "C": 1, "ranks": 1}, "")}
 
     def case(which, dtype, cc, T=4, form="vector"):
-        kernel, planes, none = kernels[which]
+        kernel, given, none = kernels[which]
         types = signature(kernel, dtype, BN_LIF_SIGNATURE)
         aligned = [name for name, kind in types.items() if kind[0] == "*"]
         aligned += ["W", "C"] + ["N"] * (form == "vector")
         tiles = {"T": T, "TX": T, "BR": K.tile_size(T, ITEM[dtype]) // K.COLUMNS}
         channels = {"BP": K.PARTS, "CHANNELS": K.CHANNELS}
-        constants = tiles | channels | planes | dict.fromkeys(none.split())
+        constants = tiles | channels | given | dict.fromkeys(none.split())
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         name = f"bn_lif {which} {dtype} sm{cc} T{T} {form}"
         return name, kernel, types, constants, aligned, cc
@@ -92,7 +95,8 @@ def bn_lif_cases():
         yield from (case(which, "bf16", cc) for cc in CAPABILITIES)
         yield case(which, "fp32", 90)
     yield from (case(which, "bf16", 90) for which in ("static", "apply_static"))
-    yield from (case(which, "fp32", 90) for which in ("vectors", "means"))
+    yield from (case(which, "fp32", 90) for which in kernels
+                if which.startswith(("vectors", "means")))
     for which in ("forward", "reduce", "apply"):
         yield case(which, "bf16", 90, form="scalar")  # memory that 16 bytes don't divide
         yield case(which, "bf16", 90, 8)
@@ -178,7 +182,8 @@ def test_no_kernel_contracts_flushes_or_spills(compiled):
 
 def test_nothing_is_divided_where_neurons_are(compiled):
     for name, c in compiled.items():  # the ends of the statistics divide, once a channel
-        assert c["divisions"] == 0 or name.split()[1] in ("statistics", "vectors", "means"), name
+        once = name.split()[1].startswith(("statistics", "vectors", "means"))
+        assert c["divisions"] == 0 or once, name
 
 
 def test_every_load_stands_before_the_first_store(compiled):
