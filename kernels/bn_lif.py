@@ -33,7 +33,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.lif import check, lif, lif_reference, no_second_derivative, refuse_forward_mode, triton
+from kernels.lif import (
+    check,
+    lif,
+    lif_reference,
+    no_second_derivative,
+    refuse_forward_mode,
+    state_dtype,
+    triton,
+)
 
 if triton is not None:
     import triton.language as tl
@@ -41,10 +49,6 @@ if triton is not None:
     from kernels.lif import backward_step, fire, load_steps, pack, reset
 
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
-
-
-def _accumulator(x):
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------- the specification
@@ -55,7 +59,7 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 
     x (T, B, C, H, W) -> spikes of x's shape and dtype. mean, var (C,): of x if None.
     """
-    acc, per_channel = _accumulator(x), (-1, 1, 1)
+    acc, per_channel = state_dtype(x), (-1, 1, 1)
     x_acc = x.to(acc)
     if mean is None:
         var, mean = torch.var_mean(x_acc, (0, 1, 3, 4), correction=0)
@@ -68,10 +72,10 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 
 
 # ---------------------------------------------------------------------------- batch norm, PyTorch
-# functional collectives, which torch.compile can trace.
+# functional collectives, which torch.compile can trace. groups go by their names.
 
 def _all_reduce(x, group):
-    """Sum over the ranks of the process group of this name."""
+    """Sum over the ranks."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
 
@@ -97,15 +101,17 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     if group is None or not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     per_channel, ranks, name = (-1, 1, 1), group.size(), group.group_name
-    x_acc = x.to(_accumulator(x))
+    x_acc = x.to(state_dtype(x))
+    # two rounds of messages: squares of what is centred lose no digits to a large mean
     mean = _AllReduce.apply(x_acc.mean((0, 2, 3)), name) / ranks
     centred = x_acc - mean.view(per_channel)
     var = _AllReduce.apply(centred.square().mean((0, 2, 3)), name) / ranks
     if running_mean is not None:
         n = ranks * x.numel() // x.shape[1]
+        unbiased = var * (n / (n - 1))
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     y = centred * (var + eps).rsqrt().view(per_channel)
     if weight is not None:
         y = y * weight.view(per_channel) + bias.view(per_channel)
@@ -116,9 +122,14 @@ class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d whose batch statistics are over all processes of torch.distributed, forward
     and backward, on CPUs and GPUs (nn.SyncBatchNorm refuses CPU tensors)."""
 
+    @property
+    def group(self):
+        """The process group that shares the statistics; None where this process is alone."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return dist.group.WORLD if several else None
+
     def forward(self, x):
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone or not self.training:
+        if self.group is None or not self.training:
             return super().forward(x)
         momentum = self.momentum
         if self.track_running_stats:
@@ -126,155 +137,155 @@ class BatchNorm2d(nn.BatchNorm2d):
             if momentum is None:  # a plain average over all batches, as in nn.BatchNorm2d
                 momentum = 1 / float(self.num_batches_tracked)
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True,
-                          momentum, self.eps, dist.group.WORLD)
+                          momentum, self.eps, self.group)
 
 
 # ---------------------------------------------------------------------------- Triton kernels
-# to the kernels a time-step is (O, C, S) with C channels: O = B*H*W, S = 1 in channels-last
-# memory, O = B, S = H*W in contiguous memory. a tile is BR rows (o, s) by BC channels, so that a
-# channel's vectors are read once a program and its sums are sums over rows; 16-byte accesses run
-# along c for S = 1, along s otherwise (BC = 1). T is unrolled, the rest are run-time values. a row
-# number fits 32 bits, which makes its division by S cheap; offsets in memory have 64.
+# to the kernels a time-step is (O, C) in channels-last memory, O = B*H*W, and any C is read 16
+# bytes at a time: its N = O*C values are cut into rows of W, the least multiple of 64 and of C, the
+# last one perhaps short. in a row channel c stands W/C times; per-channel vectors are written as
+# often side by side, and partial sums of the copies are just more parts.
 #
-# fold: channels-last memory (O, C) is also (O/k, k*C), where channel c stands k times. With
-# k*C a multiple of 64, tiles are full and accesses 16 bytes wide for every C; per-channel vectors
-# are written `fold` times side by side, partial sums of the k copies are just more parts.
+# a tile is BR rows by 64 columns, so that a channel's vectors are read once a program and its sums
+# are sums over rows. T is unrolled; TX is the number of planes of x, T or, where the current is the
+# same at every step, 1. the rest are run-time values. row numbers have 32 bits, offsets 64.
 
 TILE = 1024  # neurons of a program: 8 for each of 128 threads, 16 bytes in bf16
+COLUMNS = 64
 # programs of a reduction: 4 on each of an H100's 132 multiprocessors run at once, one whole wave,
 # with all the registers they need (128 a thread). a fixed number, so that sums don't depend on the
 # device.
 REDUCING = 4 * 132
-PARTS, CHANNELS = 512, 8  # tile of the kernels that combine the parts of a reduction
+PARTS, CHANNELS = 256, 8  # tile of the kernels that combine the parts of a reduction
 
 if triton is not None:
-    # rows of `vectors` (5, fold*C), fp32: what is the same for all of a channel
+    BC = tl.constexpr(COLUMNS)
+    # rows of `vectors` (5, W), fp32: what is the same for all of a channel
     MEAN, VAR, INV_STD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
     SCALE, SHIFT = tl.constexpr(3), tl.constexpr(4)
 
     @triton.jit
-    def _tile(row, R, C, S, BR: tl.constexpr, BC: tl.constexpr):
-        """Offsets and mask of the rows from `row` on, in this program's channels.
+    def _columns():
+        return tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
 
-        (o, c, s) lies at (o*C + c)*S + s.
-        """
+    @triton.jit
+    def _tile(row, W, N, BR: tl.constexpr):  # offsets, mask: the rows from `row` on
         r = row + tl.arange(0, BR)[:, None]
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        return ((r // S).to(tl.int64) * C + c) * S + r % S, (r < R) & (c < C)
+        offsets = r.to(tl.int64) * W + _columns()
+        return offsets, offsets < N
 
     @triton.jit
-    def _channels(Vectors, row, W, BC: tl.constexpr):
-        """A row of (rows, W) vectors, for this program's channels."""
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        return tl.load(Vectors + row * W + c, c < W, 0.0)
+    def _channels(Vectors, row, W):  # (rows, W) -> (1, BC)
+        return tl.load(Vectors + row * W + _columns())
 
     @triton.jit
-    def _store_part(Parts, row, value, C, BC: tl.constexpr):
-        """Parts (rows, programs, C)."""
-        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-        part = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C + c
-        tl.store(Parts + part, value, c < C)
+    def _store_part(Parts, row, values, W):  # sums of the columns -> Parts (rows, programs, W)
+        part = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        tl.store(Parts + part * W + _columns(), tl.sum(values, 0, keep_dims=True))
 
     @triton.jit
-    def _statistics_kernel(X, Parts, R, C, S, N: tl.int64, T: tl.constexpr, BR: tl.constexpr,
-                           BC: tl.constexpr):
-        """Parts (4, P, C) of every P-th tile: count, shift, sum(x - shift), sum((x - shift)**2).
+    def _statistics_kernel(X, Parts, W, N: tl.int64, T: tl.constexpr, BR: tl.constexpr):
+        """Parts (4, P, W) of every P-th tile: count, shift, sum(x - shift), sum((x - shift)**2).
 
         Reads x. shift is the mean of the first tile: fp32 loses nothing to a large common mean.
         """
         first = tl.program_id(0) * BR
-        offsets, inside = _tile(first, R, C, S, BR, BC)
+        rows = tl.cdiv(N, W).to(tl.int32)
+        offsets, inside = _tile(first, W, N, BR)
         x = tl.load(X + offsets, inside, 0).to(tl.float32)
-        shift = tl.sum(x, 0, keep_dims=True) / tl.minimum(R - first, BR)
-        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-        rows = 0
-        for row in range(first, R, tl.num_programs(0) * BR):
-            offsets, inside = _tile(row, R, C, S, BR, BC)
+        # beyond the end of a short last row there is nothing, not even a mean
+        seen = tl.maximum(tl.sum(inside.to(tl.float32), 0, keep_dims=True), 1)
+        shift = tl.sum(x, 0, keep_dims=True) / seen
+        count = tl.zeros([BR, BC], tl.float32)
+        s1 = count
+        s2 = count
+        for row in range(first, rows, tl.num_programs(0) * BR):
+            offsets, inside = _tile(row, W, N, BR)
             xs = load_steps(X, N, offsets, inside, T)
             for t in tl.static_range(T):
                 d = tl.where(inside, xs[t].to(tl.float32) - shift, 0.0)
                 s1 += d
                 s2 += d * d
-            rows += tl.minimum(R - row, BR)
-        _store_part(Parts, 0, tl.zeros([1, BC], tl.float32) + rows * T, C, BC)
-        _store_part(Parts, 1, shift, C, BC)
-        _store_part(Parts, 2, tl.sum(s1, 0, keep_dims=True), C, BC)
-        _store_part(Parts, 3, tl.sum(s2, 0, keep_dims=True), C, BC)
+            count += tl.where(inside, 1.0, 0.0)
+        _store_part(Parts, 0, count * T, W)
+        _store_part(Parts, 1, shift, W)
+        _store_part(Parts, 2, s1, W)
+        _store_part(Parts, 3, s2, W)
 
     @triton.jit
-    def _part(Parts, row, p, P, c, C):
-        """A tile of Parts (rows, P, C), in fp64."""
-        inside = (p < P) & (c < C)
-        return tl.load(Parts + (row * P + p).to(tl.int64) * C + c, inside, 0.0).to(tl.float64)
+    def _part(Parts, row, p, P, c, C):  # a tile of Parts (rows, P, C)
+        offsets = (row * P + p).to(tl.int64) * C + c
+        # fp64: the sums of many programs
+        return tl.load(Parts + offsets, (p < P) & (c < C), 0.0).to(tl.float64)
 
     @triton.jit
-    def _combine_kernel(Parts, Weight, Bias, RunningMean, RunningVar, Whole, Vectors, P, C, fold,
-                        momentum, eps, BP: tl.constexpr, BC: tl.constexpr):
-        """Parts (4, P, C) -> Whole, one such part, or Vectors (5, fold*C) and running statistics.
+    def _store_channels(Vectors, row, value, c, C, W):  # (1, CHANNELS) -> (rows, W)
+        # side by side, for every copy of a channel in a row
+        for column in range(0, W, C):
+            tl.store(Vectors + row * W + column + c, value, c < C)
 
-        In fp64, by sum((x-m)**2) = sum((x-s)**2) + (s-m) * (2*sum(x-s) + count*(s-m)). Parts None:
-        the running statistics are the statistics.
+    @triton.jit
+    def _vectors_kernel(Parts, P, C, W, Weight, Bias, RunningMean, RunningVar, Vectors, momentum,
+                        eps, BP: tl.constexpr, CHANNELS: tl.constexpr):
+        """Parts (4, P, C) -> Vectors (5, W) and, unless None, the running statistics.
+
+        In fp64, about m, the shift of the first part, where d = s - m for a part shifted by s:
+        sum(x - m) = sum(x - s) + count*d, sum((x-m)**2) = sum((x-s)**2) + d*(2*sum(x-s) + count*d).
         """
-        c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-        if Parts is None:
-            mean, var = tl.load(RunningMean + c, c < C, 0.0), tl.load(RunningVar + c, c < C, 1.0)
-        else:
-            count, total = tl.zeros([BP, BC], tl.float64), tl.zeros([BP, BC], tl.float64)
-            for first in range(0, P, BP):
-                p = first + tl.arange(0, BP)[:, None]
-                n = _part(Parts, 0, p, P, c, C)
-                count += n
-                total += n * _part(Parts, 1, p, P, c, C) + _part(Parts, 2, p, P, c, C)
-            n = tl.maximum(tl.sum(count, 0, keep_dims=True), 1.0)  # 0 where c >= C
-            mean = tl.sum(total, 0, keep_dims=True) / n
-            total = tl.zeros([BP, BC], tl.float64)
-            for first in range(0, P, BP):
-                p = first + tl.arange(0, BP)[:, None]
-                d = _part(Parts, 1, p, P, c, C) - mean
-                cross = 2 * _part(Parts, 2, p, P, c, C) + _part(Parts, 0, p, P, c, C) * d
-                total += _part(Parts, 3, p, P, c, C) + d * cross
-            m2 = tl.maximum(tl.sum(total, 0, keep_dims=True), 0.0)
-            var, unbiased = m2 / n, m2 / tl.maximum(n - 1, 1.0)
-            if Whole is not None:
-                tl.store(Whole + c, n, c < C)
-                tl.store(Whole + C + c, mean, c < C)
-                tl.store(Whole + 2 * C + c, tl.zeros([1, BC], tl.float64), c < C)
-                tl.store(Whole + 3 * C + c, m2, c < C)
-        if Vectors is not None:
-            weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
-            bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
-            if Parts is not None and RunningMean is not None:
-                old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
-                old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
-                tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
-                tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
-            mean, var = mean.to(tl.float32), var.to(tl.float32)
-            std = tl.sqrt_rn(var + eps)  # roots and quotients exactly rounded, as in PyTorch
-            scale = tl.div_rn(weight, std)
-            shift = bias - mean * scale
-            inv_std = tl.div_rn(1.0, std)
-            for i in range(fold):
-                at = Vectors + i * C + c
-                tl.store(at + MEAN * fold * C, mean, c < C)
-                tl.store(at + VAR * fold * C, var, c < C)
-                tl.store(at + INV_STD * fold * C, inv_std, c < C)
-                tl.store(at + SCALE * fold * C, scale, c < C)
-                tl.store(at + SHIFT * fold * C, shift, c < C)
+        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
+        bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
+        m = _part(Parts, 1, tl.zeros([1, 1], tl.int32), P, c, C)
+        counts = tl.zeros([BP, CHANNELS], tl.float64)
+        sums = counts
+        squares = counts
+        for first in range(0, P, BP):
+            p = first + tl.arange(0, BP)[:, None]
+            count = _part(Parts, 0, p, P, c, C)
+            d = _part(Parts, 1, p, P, c, C) - m
+            s1 = _part(Parts, 2, p, P, c, C)
+            s2 = _part(Parts, 3, p, P, c, C)
+            counts += count
+            sums += s1 + count * d
+            squares += s2 + d * (2 * s1 + count * d)
+        # nothing was counted where c >= C
+        n = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
+        # mean - m and, rounding apart never negative, var
+        offset = tl.sum(sums, 0, keep_dims=True) / n
+        var = tl.sum(squares, 0, keep_dims=True) / n - offset * offset
+        var = tl.maximum(var, 0.0)
+        mean = m + offset
+        if RunningMean is not None:
+            old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
+            old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
+            unbiased = var * (n / tl.maximum(n - 1, 1.0))
+            tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
+            tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
+        mean = mean.to(tl.float32)
+        var = var.to(tl.float32)
+        # roots and quotients exactly rounded, as in PyTorch
+        std = tl.sqrt_rn(var + eps)
+        scale = tl.div_rn(weight, std)
+        _store_channels(Vectors, MEAN, mean, c, C, W)
+        _store_channels(Vectors, VAR, var, c, C, W)
+        _store_channels(Vectors, INV_STD, tl.div_rn(1.0, std), c, C, W)
+        _store_channels(Vectors, SCALE, scale, c, C, W)
+        _store_channels(Vectors, SHIFT, bias - mean * scale, c, C, W)
 
     @triton.jit
-    def _forward_kernel(X, Residual, Spikes, Bits, Vectors, W, decay, v_th, lens, R, C, S,
-                        N: tl.int64, T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr,
-                        BC: tl.constexpr):
+    def _forward_kernel(X, Residual, Spikes, Bits, Vectors, decay, v_th, lens, W, N: tl.int64,
+                        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr):
         """Reads x and the residual, writes spikes and, unless Bits is None, two bits."""
-        offsets, inside = _tile(tl.program_id(0) * BR, R, C, S, BR, BC)
-        xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
+        offsets, inside = _tile(tl.program_id(0) * BR, W, N, BR)
+        xs = load_steps(X, N, offsets, inside, TX)
         if Residual is not None:
             residuals = load_steps(Residual, N, offsets, inside, T)
-        scale, shift = _channels(Vectors, SCALE, W, BC), _channels(Vectors, SHIFT, W, BC)
+        scale = _channels(Vectors, SCALE, W)
+        shift = _channels(Vectors, SHIFT, W)
         leak = tl.zeros([BR, BC], tl.float32)
         code = tl.zeros([BR, BC], tl.int32)
         for t in tl.static_range(T):
-            current = xs[0 if STATIC else t].to(tl.float32) * scale + shift
+            current = xs[t % TX].to(tl.float32) * scale + shift
             if Residual is not None:
                 current += residuals[t].to(tl.float32)
             u, fired, window = fire(leak, current, v_th, lens)
@@ -287,301 +298,233 @@ if triton is not None:
                     code = tl.zeros([BR, BC], tl.int32)
 
     @triton.jit
-    def _reduce_kernel(G, Bits, X, Vectors, W, Parts, decay, inv, R, C, S, N: tl.int64,
-                       T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-        """Parts (2, P, C) of every P-th tile: sums of dcurrent and dcurrent*xhat.
+    def _reduce_kernel(G, Bits, X, Vectors, Parts, decay, inv, W, N: tl.int64, T: tl.constexpr,
+                       TX: tl.constexpr, BR: tl.constexpr):
+        """Parts (2, P, W) of every P-th tile: sums of dcurrent and of dcurrent*(x - mean).
 
         Reads g, bits and x.
         """
-        mean = _channels(Vectors, MEAN, W, BC)
-        s1, s2 = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
-        for row in range(tl.program_id(0) * BR, R, tl.num_programs(0) * BR):
-            offsets, inside = _tile(row, R, C, S, BR, BC)
+        mean = _channels(Vectors, MEAN, W)
+        s1 = tl.zeros([BR, BC], tl.float32)
+        s2 = s1
+        rows = tl.cdiv(N, W).to(tl.int32)
+        for row in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
+            offsets, inside = _tile(row, W, N, BR)
             gs = load_steps(G, N, offsets, inside, T)
             codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
-            xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
-            du, total = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+            xs = load_steps(X, N, offsets, inside, TX)
+            du = tl.zeros([BR, BC], tl.float32)
             for t in tl.static_range(T - 1, -1, -1):
-                du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
-                total += du
-                if not STATIC:
-                    s2 += du * (xs[t].to(tl.float32) - mean)
-            if STATIC:
-                s2 += total * (xs[0].to(tl.float32) - mean)
-            s1 += total
-        inv_std = _channels(Vectors, INV_STD, W, BC)
-        _store_part(Parts, 0, tl.sum(s1, 0, keep_dims=True), C, BC)
-        _store_part(Parts, 1, tl.sum(s2, 0, keep_dims=True) * inv_std, C, BC)
+                du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
+                s1 += du
+                s2 += du * (xs[t % TX].to(tl.float32) - mean)
+        _store_part(Parts, 0, s1, W)
+        _store_part(Parts, 1, s2, W)
 
     @triton.jit
-    def _means_kernel(Parts, Vectors, Sums, Means, P, n, C, fold, BP: tl.constexpr,
-                      BC: tl.constexpr):
-        """Parts (2, P, C) -> Sums (2, C), and Means (2, fold*C), the sums over n, the second
-        times 1/std besides; each unless None."""
-        c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-        s1, s2 = tl.zeros([BP, BC], tl.float64), tl.zeros([BP, BC], tl.float64)
+    def _means_kernel(Parts, P, C, W, Vectors, Sums, Means, n, ranks, BP: tl.constexpr,
+                      CHANNELS: tl.constexpr):
+        """Parts (2, P, C) -> Sums (2, C), dbias and dweight over the number of ranks, and Means
+        (2, W), dbias/n and dweight/n/std."""
+        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        s1 = tl.zeros([BP, CHANNELS], tl.float64)
+        s2 = s1
         for first in range(0, P, BP):
             p = first + tl.arange(0, BP)[:, None]
             s1 += _part(Parts, 0, p, P, c, C)
             s2 += _part(Parts, 1, p, P, c, C)
-        s1, s2 = tl.sum(s1, 0, keep_dims=True), tl.sum(s2, 0, keep_dims=True)
-        if Means is not None:
-            inv_std = tl.load(Vectors + INV_STD * fold * C + c, c < C, 0.0)
-        if Sums is not None:
-            tl.store(Sums + c, s1, c < C)
-            tl.store(Sums + C + c, s2, c < C)
-        if Means is not None:
-            for i in range(fold):
-                tl.store(Means + i * C + c, s1 / n, c < C)
-                tl.store(Means + (fold + i) * C + c, s2 / n * inv_std, c < C)
+        inv_std = tl.load(Vectors + INV_STD * W + c, c < C, 0.0)
+        dbias = tl.sum(s1, 0, keep_dims=True)
+        dweight = tl.sum(s2, 0, keep_dims=True) * inv_std
+        tl.store(Sums + c, dbias / ranks, c < C)
+        tl.store(Sums + C + c, dweight / ranks, c < C)
+        _store_channels(Means, 0, dbias / n, c, C, W)
+        _store_channels(Means, 1, dweight / n * inv_std, c, C, W)
 
     @triton.jit
-    def _apply_kernel(G, Bits, X, Vectors, Means, W, DX, DResidual, decay, inv, R, C, S,
-                      N: tl.int64, T: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr,
-                      BC: tl.constexpr):
-        """Reads g, bits and, unless Means is None (constant statistics), x; writes dx and
-        dresidual, unless None."""
-        offsets, inside = _tile(tl.program_id(0) * BR, R, C, S, BR, BC)
+    def _apply_kernel(G, Bits, X, Vectors, Means, DX, DResidual, decay, inv, W, N: tl.int64,
+                      T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr):
+        """Reads g, bits and, unless Means is None (constant statistics), x; writes dx and, unless
+        None, dresidual."""
+        offsets, inside = _tile(tl.program_id(0) * BR, W, N, BR)
         gs = load_steps(G, N, offsets, inside, T)
         codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
         if Means is not None:
-            xs = load_steps(X, N, offsets, inside, 1 if STATIC else T)
-            mean = _channels(Vectors, MEAN, W, BC)
-            mean_d, slope = _channels(Means, 0, W, BC), _channels(Means, 1, W, BC)
-        scale = _channels(Vectors, SCALE, W, BC)
-        du, total = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+            xs = load_steps(X, N, offsets, inside, TX)
+            mean = _channels(Vectors, MEAN, W)
+            mean_d = _channels(Means, 0, W)
+            slope = _channels(Means, 1, W)
+        scale = _channels(Vectors, SCALE, W)
+        du = tl.zeros([BR, BC], tl.float32)
+        total = du
         for t in tl.static_range(T - 1, -1, -1):
-            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+            du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
             if DResidual is not None:
                 tl.store(DResidual + t * N + offsets, du, inside)
             total += du
-            if DX is not None and (t == 0 or not STATIC):
-                d = total if STATIC else du
+            if t < TX:  # the first step of those that plane t of x serves
                 if Means is not None:
-                    d = d - mean_d - (xs[t].to(tl.float32) - mean) * slope
-                tl.store(DX + t * N + offsets, d * scale, inside)
+                    total = total - mean_d - (xs[t].to(tl.float32) - mean) * slope
+                tl.store(DX + t * N + offsets, total * scale, inside)
+                total = tl.zeros([BR, BC], tl.float32)
 
 
-# ---------------------------------------------------------------------------- memory and launches
+# ---------------------------------------------------------------------------- launches
 
-def _channels_last(x):
-    return x.stride(2) == 1 and not x.is_contiguous()
-
-
-def _dense(x, like):
-    """x (T, B, C, H, W) with the memory of a dense (T, B, H, W, C) or (T, B, C, H, W), as `like`
-    has it; a copy only if it lies otherwise. The kernels see nothing of it but its memory."""
-    return (x.permute(0, 1, 3, 4, 2) if _channels_last(like) else x).contiguous()
+def _rows(x):
+    """(T, B, C, H, W) -> dense (T, B, H, W, C): a view of channels-last memory, else a copy."""
+    return x.permute(0, 1, 3, 4, 2).contiguous()
 
 
 def _planes(x, T, dtype=None):
-    """Empty (T, B, C, H, W), channels-last as x is or contiguous."""
+    """Empty (T, B, C, H, W) in channels-last memory, shape and dtype else as x."""
     _, B, C, H, W = x.shape
-    dtype = dtype or x.dtype
-    if _channels_last(x):
-        return x.new_empty(T, B, H, W, C, dtype=dtype).permute(0, 1, 4, 2, 3)
-    return x.new_empty(T, B, C, H, W, dtype=dtype)
+    memory = x.new_empty(T, B, H, W, C, dtype=dtype or x.dtype)
+    return memory.permute(0, 1, 4, 2, 3)
 
 
-def _fold(C):
-    """How often channels stand side by side in per-channel vectors: to a multiple of 64."""
-    return 64 // math.gcd(64, C)
+def _width(C):  # columns of a row: whole tiles, whole sets of channels
+    return math.lcm(COLUMNS, C)
 
 
 def tile_size(T, itemsize):
     """Neurons of a program: fewer where a neuron's loads of all steps, which stay in registers,
     take more than 16 bytes a plane."""
-    return TILE * 16 // max(16, 2 ** (T * itemsize - 1).bit_length())
+    tile = TILE
+    while tile * T * itemsize > TILE * 16:
+        tile //= 2
+    return tile
 
 
 def _grid(x, T, programs=None):
-    """The grid over tiles of one time-step of x and what all kernels over tiles take."""
-    N, C, S = x[0].numel(), x.shape[2], 1 if _channels_last(x) else x.shape[3] * x.shape[4]
-    O = N // (C * S)  # noqa: E741
-    fold = math.gcd(_fold(C), O) if S == 1 else 1
-    R, C = O * S // fold, C * fold
-    if R >= 2**30:
-        raise ValueError(f"impl='triton' takes fewer than 2**30 values a channel, not {R}")
-    BC = 1 if S > 1 else min(64, triton.next_power_of_2(C))
-    BR, across = tile_size(T, x.element_size()) // BC, triton.cdiv(C, BC)
-    P = triton.cdiv(R, BR)
+    """Tiles down and across a time-step of x, or about so many programs if there are more tiles."""
+    across = _width(x.shape[2]) // COLUMNS
+    down = triton.cdiv(x[0].numel(), tile_size(T, x.element_size()) * across)
     if programs is not None:
-        P = min(P, max(1, programs // across))
-    return (P, across), dict(R=R, C=C, S=S, N=N, T=T, BR=BR, BC=BC, num_warps=4,
-                             enable_fp_fusion=False)
+        # min() would be a guard on the shape, where torch.compile traces it
+        down = torch.sym_min(down, max(1, programs // across))
+    return down, across
 
 
-def _launch_combine(kernel, C, *args):
-    kernel[(triton.cdiv(C, CHANNELS),)](*args, BP=PARTS, BC=CHANNELS, num_warps=8,
-                                        enable_fp_fusion=False)
+def _launch(kernel, x, T, *args, programs=None, **constants):
+    grid = _grid(x, T, programs)
+    rows = tile_size(T, x.element_size()) // COLUMNS
+    W, N = _width(x.shape[2]), x[0].numel()
+    # products and sums stay apart (no contraction), as in the specification
+    with torch.cuda.device_of(x):
+        kernel[grid](*args, W, N, T=T, BR=rows, num_warps=4, enable_fp_fusion=False, **constants)
 
 
-def _combine(parts, weight, bias, running_mean, running_var, whole, vectors, momentum=0.0,
-             eps=0.0):
-    """parts (4, P, fold*C), or None for constant statistics -> whole or vectors, unless None."""
-    C = (running_mean if parts is None else weight if whole is None else whole[0]).numel()
-    P = 0 if parts is None else parts[0].numel() // C
-    _launch_combine(_combine_kernel, C, parts, weight, bias, running_mean, running_var, whole,
-                    vectors, P, C, _fold(C), momentum, eps)
+def _launch_combine(kernel, parts, *args):  # over channels, where _launch is over tiles
+    _, P, C = parts.shape
+    grid = (triton.cdiv(C, CHANNELS),)
+    with torch.cuda.device_of(parts):
+        kernel[grid](parts, P, C, _width(C), *args, BP=PARTS, CHANNELS=CHANNELS, num_warps=8,
+                     enable_fp_fusion=False)
 
 
-def _statistics_parts(x):
-    grid, args = _grid(x, len(x), REDUCING)
-    parts = x.new_empty(4, grid[0], args["C"], dtype=torch.float32)
-    _statistics_kernel[grid](_dense(x, x), parts, **args)
-    return parts
+# what the operators return, and their fakes in a trace
+
+def _new_parts(x, T, rows):  # (rows, P, C)
+    C = x.shape[2]
+    # one of each program and of each copy of a channel in a row
+    programs, _ = _grid(x, T, REDUCING)
+    return x.new_empty(rows, programs * (_width(C) // C), C, dtype=torch.float32)
 
 
-def _gradient_parts(g, bits, x, vectors, decay, lens):
-    grid, args = _grid(x, len(g), REDUCING)
-    parts = x.new_empty(2, grid[0], args["C"], dtype=torch.float32)
-    _reduce_kernel[grid](_dense(g, x), bits, _dense(x, x), vectors, vectors.shape[1], parts, decay,
-                         1 / (2 * lens), STATIC=len(x) < len(g), **args)
-    return parts
+def _new_vectors(parts, rows):
+    return parts.new_empty(rows, _width(parts.shape[2]), dtype=torch.float32)
+
+
+def _new_outputs(x, T, save):
+    return _planes(x, T), _planes(x, (T + 3) // 4 if save else 0, torch.uint8)
+
+
+def _new_gradients(g, x, need_dresidual):
+    sums = x.new_empty(2, x.shape[2], dtype=torch.float32)
+    return _planes(x, len(x)), _planes(x, len(g) if need_dresidual else 0), sums
 
 
 # ---------------------------------------------------------------------------- operators
-# x (T, B, C, H, W), or (1, B, C, H, W) for the same current at every step. an operator costs the
-# host as much as a small layer, so each way is one, but for the statistics: they may update the
-# running ones, and what mutates has no derivative. under a process group the sums must leave for
-# the other ranks, where torch.compile sees it: _whole and _reduce are the first halves alone.
+# x is (T, B, C, H, W), or (1, B, C, H, W) for the same current at every step. sums leave their
+# operator before the next one takes them up, so that they can go to other ranks where torch.compile
+# sees it. what updates the running statistics has no derivative: it takes no x, and what takes x
+# gets its result.
 
-@torch.library.custom_op("idsnn::bn_lif_whole", mutates_args=())
-def _whole(x: Tensor) -> Tensor:
-    """This process's count, mean, 0 and sum of squared deviations: (4, C) fp64."""
-    whole = x.new_empty(4, x.shape[2], dtype=torch.float64)
-    with torch.cuda.device_of(x):
-        _combine(_statistics_parts(x), None, None, None, None, whole, None)
-    return whole
-
-
-@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=("running_mean", "running_var"))
-def _statistics(x: Tensor, wholes: Maybe, weight: Tensor, bias: Tensor, running_mean: Maybe,
-                running_var: Maybe, momentum: float, eps: float) -> Tensor:
-    """Vectors (5, fold*C) of x's statistics or those of all ranks, wholes (4, ranks, C)."""
-    vectors = _new_vectors(weight)
-    with torch.cuda.device_of(x):
-        parts = _statistics_parts(x) if wholes is None else wholes
-        _combine(parts, weight, bias, running_mean, running_var, None, vectors, momentum, eps)
-    return vectors
+@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
+def _statistics(x: Tensor) -> Tensor:
+    """Parts (4, P, C) of the statistics of x."""
+    parts = _new_parts(x, len(x), 4)
+    _launch(_statistics_kernel, x, len(x), _rows(x), parts, programs=REDUCING)
+    return parts
 
 
-@torch.library.custom_op("idsnn::bn_lif_constants", mutates_args=())
-def _constants(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Vectors (5, fold*C) of constant statistics."""
-    vectors = _new_vectors(weight)
-    with torch.cuda.device_of(weight):
-        _combine(None, weight, bias, mean, var, None, vectors, eps=eps)
+@torch.library.custom_op("idsnn::bn_lif_vectors", mutates_args=("running_mean", "running_var"))
+def _vectors(parts: Tensor, weight: Tensor, bias: Tensor, running_mean: Maybe, running_var: Maybe,
+             momentum: float, eps: float) -> Tensor:
+    """Vectors (5, W) of the statistics in the parts; updates the running ones, if given."""
+    vectors = _new_vectors(parts, 5)
+    _launch_combine(_vectors_kernel, parts, weight, bias, running_mean, running_var, vectors,
+                    momentum, eps)
     return vectors
 
 
 @torch.library.custom_op("idsnn::bn_lif", mutates_args=())
 def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
-            n: int, decay: float, v_th: float, lens: float, group: str,
+            decay: float, v_th: float, lens: float, training: bool, group: str, ranks: int,
             save: bool) -> tuple[Tensor, Tensor]:
-    """Spikes, and bits, empty unless `save`. For the derivative are weight and bias, which the
-    vectors hold already, n, values per channel (0: constant statistics), and group."""
-    spikes, bits = _outputs(x, T, save)
-    if x.numel():
-        grid, args = _grid(x, T)
-        residual = None if residual is None else _dense(residual, x)
-        with torch.cuda.device_of(x):
-            _forward_kernel[grid](_dense(x, x), residual, spikes, bits if save else None, vectors,
-                                  vectors.shape[1], decay, v_th, lens, STATIC=len(x) < T, **args)
+    """Spikes and bits (ceil(T/4), B, C, H, W), none unless `save`.
+
+    For the derivative are weight and bias, which the vectors hold already, training (False: the
+    statistics are constants) and the process group's name and size.
+    """
+    spikes, bits = _new_outputs(x, T, save)
+    if residual is not None:
+        residual = _rows(residual)
+    _launch(_forward_kernel, x, T, _rows(x), residual, spikes, bits if save else None,
+            vectors, decay, v_th, lens, TX=len(x))
     return spikes, bits
 
 
 @torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
 def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
             lens: float) -> Tensor:
-    """(2, C) fp64: this process's sums of dcurrent and of dcurrent*xhat."""
-    C = x.shape[2]
-    sums = x.new_empty(2, C, dtype=torch.float64)
-    with torch.cuda.device_of(x):
-        parts = _gradient_parts(g, bits, x, vectors, decay, lens)
-        _launch_combine(_means_kernel, C, parts, None, sums, None, parts[0].numel() // C, 1, C, 1)
-    return sums
+    """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
+    parts = _new_parts(x, len(g), 2)
+    _launch(_reduce_kernel, x, len(g), _rows(g), bits, _rows(x), vectors, parts, decay,
+            1 / (2 * lens), programs=REDUCING, TX=len(x))
+    return parts
 
 
 @torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
-def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, sums: Maybe, n: int,
-              decay: float, lens: float, need_dx: bool, need_dresidual: bool,
-              need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the residual, and this process's sums, (2, C); each empty if not
-    needed. `sums` of all ranks (2, C), if there are others, make dx; without them its own do."""
-    dx, dresidual, own = _gradients(g, x, need_dx, need_dresidual, need_sums)
-    if not x.numel():
-        return dx, dresidual, own.zero_()
-    C, means = x.shape[2], None
-    with torch.cuda.device_of(x):
-        moving = n > 0 and need_dx  # statistics move with x
-        if moving or need_sums:
-            means = torch.empty_like(vectors[:2]) if moving else None
-            parts = sums
-            if sums is None:
-                parts = _gradient_parts(g, bits, x, vectors, decay, lens)
-            _launch_combine(_means_kernel, C, parts, vectors, own if need_sums else None, means,
-                            parts[0].numel() // C, n, C, _fold(C))
-        if need_dx or need_dresidual:
-            grid, args = _grid(x, len(g))
-            _apply_kernel[grid](_dense(g, x), bits, _dense(x, x), vectors, means,
-                                vectors.shape[1], dx if need_dx else None,
-                                dresidual if need_dresidual else None, decay, 1 / (2 * lens),
-                                STATIC=len(x) < len(g), **args)
-    return dx, dresidual, own
+def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor, decay: float,
+              lens: float, training: bool, ranks: int,
+              need_dresidual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight, each
+    over the number of ranks."""
+    dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
+    means = _new_vectors(parts, 2)
+    n = ranks * x.numel() // x.shape[2]
+    _launch_combine(_means_kernel, parts, vectors, sums, means, n, ranks)
+    _launch(_apply_kernel, x, len(g), _rows(g), bits, _rows(x), vectors,
+            means if training else None, dx, dresidual if need_dresidual else None, decay,
+            1 / (2 * lens), TX=len(x))
+    return dx, dresidual, sums
 
 
-def _new_vectors(weight):
-    C = weight.shape[0]
-    return weight.new_empty(5, _fold(C) * C, dtype=torch.float32)
-
-
-def _outputs(x, T, save):
-    bits = _planes(x, (T + 3) // 4, torch.uint8) if save else x.new_empty(0, dtype=torch.uint8)
-    return _planes(x, T), bits
-
-
-def _gradients(g, x, need_dx, need_dresidual, need_sums):
-    return (_planes(x, len(x)) if need_dx else x.new_empty(0),
-            _planes(x, len(g)) if need_dresidual else x.new_empty(0),
-            x.new_empty((2, x.shape[2]) if need_sums else 0, dtype=torch.float32))
-
-
-@_whole.register_fake
-def _(x):
-    return x.new_empty(4, x.shape[2], dtype=torch.float64)
-
-
-@_statistics.register_fake
-def _(x, wholes, weight, bias, running_mean, running_var, momentum, eps):
-    return _new_vectors(weight)
-
-
-@_constants.register_fake
-def _(mean, var, weight, bias, eps):
-    return _new_vectors(weight)
-
-
-@_bn_lif.register_fake
-def _(x, residual, weight, bias, vectors, T, n, decay, v_th, lens, group, save):
-    return _outputs(x, T, save)
-
-
-@_reduce.register_fake
-def _(g, bits, x, vectors, decay, lens):
-    return x.new_empty(2, x.shape[2], dtype=torch.float64)
-
-
-@_backward.register_fake
-def _(g, bits, x, vectors, sums, n, decay, lens, need_dx, need_dresidual, need_sums):
-    return _gradients(g, x, need_dx, need_dresidual, need_sums)
+_statistics.register_fake(lambda x: _new_parts(x, len(x), 4))
+_vectors.register_fake(lambda parts, *_: _new_vectors(parts, 5))
+_reduce.register_fake(lambda g, bits, x, *_: _new_parts(x, len(g), 2))
+_bn_lif.register_fake(
+    lambda x, residual, weight, bias, vectors, T, *rest: _new_outputs(x, T, save=rest[-1]))
+_backward.register_fake(lambda g, bits, x, *rest: _new_gradients(g, x, need_dresidual=rest[-1]))
 
 
 def _setup(ctx, inputs, output):
-    x, residual, weight, bias, vectors, ctx.T, ctx.n, *ctx.neuron, ctx.group, ctx.save = inputs
-    saved = (output[1],) if ctx.save else (residual, weight, bias)
+    x, residual, weight, bias, vectors, *ctx.options, ctx.save = inputs
+    # the bits; or, in what was traced without a gradient, that from which they come anew
+    saved = output[1:] if ctx.save else (residual, weight, bias)
     ctx.save_for_backward(x, vectors, *saved)
-    ctx.dtypes = weight.dtype, bias.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -589,63 +532,43 @@ def _autograd(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         no_second_derivative("bn_lif")
     x, vectors, *saved = ctx.saved_tensors
-    decay, _, lens = ctx.neuron
-    bits = saved[0] if ctx.save else _bn_lif(  # traced without a gradient: computed anew
-        x, *saved, vectors, ctx.T, ctx.n, *ctx.neuron, "", True)[1]
-    need_dx, need_dresidual, *need_params = ctx.needs_input_grad[:4]
-    sums = own = None
-    if ctx.group:
-        own = _reduce(g, bits, x, vectors, decay, lens)
-        sums = _all_reduce(own, ctx.group)
-    dx, dresidual, alone = _backward(g, bits, x, vectors, sums, ctx.n, decay, lens, need_dx,
-                                     need_dresidual, own is None and any(need_params))
-    # the parameters' gradients are this process's share, as in DDP
-    dbias, dweight = (alone if own is None else own).unbind() if any(need_params) else (None, None)
-    grads = [dx if need_dx else None, dresidual if need_dresidual else None]
-    grads += [d.to(dtype) if need else None
-              for d, dtype, need in zip((dweight, dbias), ctx.dtypes, need_params)]
-    return *grads, *[None] * 8
+    bits = saved[0] if ctx.save else _bn_lif(x, *saved, vectors, *ctx.options, True)[1]
+    _, decay, _, lens, training, group, ranks = ctx.options
+    need_dresidual = ctx.needs_input_grad[1]
+    parts = _reduce(g, bits, x, vectors, decay, lens)
+    if group:
+        parts = _all_reduce(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
+    dx, dresidual, sums = _backward(g, bits, x, vectors, parts, decay, lens, training, ranks,
+                                    need_dresidual)
+    # on every rank the same share of the whole: their sum is right, and so is DDP's mean
+    dbias, dweight = sums
+    return dx, dresidual if need_dresidual else None, dweight, dbias, *[None] * 9
 
 
 _bn_lif.register_autograd(_autograd, setup_context=_setup)
 
-for _op in (_whole, _statistics, _constants, _bn_lif, _reduce, _backward):
+for _op in (_statistics, _vectors, _bn_lif, _reduce, _backward):
     refuse_forward_mode(_op)
 
 
 # ---------------------------------------------------------------------------- what users call
 
-def _composed(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
-              neuron, detach_reset, group, impl):
-    """Batch norm, add, lif; the current is fp32 for bf16 and fp16 too."""
-    current = batch_norm(x.flatten(0, 1).to(_accumulator(x)), running_mean, running_var, weight,
-                         bias, training, momentum, eps, group)
-    current = current.unflatten(0, x.shape[:2]).expand(T, -1, -1, -1, -1)  # (T, B, C, H, W)
-    if residual is not None:
-        current = current + residual
-    return lif(current, *neuron, detach_reset, impl).to(x.dtype)
+def _as_parts(n, mean, var):
+    """Parts of statistics (4, P, C): mean and var (P, C), each of n values."""
+    count, zero = torch.full_like(mean, n), torch.zeros_like(mean)
+    return torch.stack([count, mean, zero, var * n])
 
 
-def _fused(x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps,
-           neuron, group):
-    # the statistics' part of the derivative is idsnn::bn_lif's
-    constant = [v.detach() for v in (x, weight, bias)]
-    n, name, wholes = 0, "", None
-    if not training:
-        vectors = _constants(running_mean, running_var, *constant[1:], eps)
-    else:
-        n = x.numel() // x.shape[2]
-        if group is not None:
-            n, name = n * group.size(), group.group_name
-            ops = torch.ops._c10d_functional
-            gathered = ops.all_gather_into_tensor(_whole(constant[0]), group.size(), name)
-            wholes = ops.wait_tensor(gathered).unflatten(0, (-1, 4))
-            wholes = wholes.transpose(0, 1).contiguous()  # (ranks, 4, C) -> (4, ranks, C)
-        vectors = _statistics(constant[0], wholes, *constant[1:], running_mean, running_var,
-                              momentum, eps)
-    inputs = x, residual, weight, bias
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    return _bn_lif(*inputs, vectors, T, n, *neuron, name, save)[0]
+def _gather(parts, n, group):
+    """Parts of all ranks (4, ranks, C) from this rank's (4, P, C), n values a channel."""
+    C, ops = parts.shape[2], torch.ops._c10d_functional
+    # only a mean and a variance travel; what weight and bias make of them goes nowhere
+    ones = parts.new_ones(C)
+    own = _vectors(parts, ones, ones, None, None, 0.0, 1.0)[:2, :C].contiguous()
+    every = ops.all_gather_into_tensor(own, group.size(), group.group_name)
+    every = ops.wait_tensor(every).unflatten(0, (-1, 2))  # (ranks*2, C) -> (ranks, 2, C)
+    mean, var = every.unbind(1)
+    return _as_parts(n, mean, var)
 
 
 def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
@@ -659,22 +582,25 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
                   at each of T steps (an expanded T means the same). float32, bfloat16, float16 or
                   float64; the arithmetic is fp32 (fp64)
     weight, bias  (C,), as a rule float32 whatever x is
-    residual      (T, B, C, H, W), added to the normed x; copied if its layout or dtype isn't x's
+    residual      (T, B, C, H, W), added to the normed x, in x's dtype on Triton
     running_mean, running_var  (C,), as in F.batch_norm. training=True: statistics of x over T, B,
                   H, W, which update the running ones, if given, in place (variance unbiased);
                   training=False: the running ones are the statistics
     momentum      weight of the new value in the running statistics
     eps           added to the variance
-    group         a process group whose ranks share their statistics; each holds an x of one shape
+    group         a process group whose ranks share their statistics; each holds an x of one shape.
+                  gradients of weight and bias sum over the ranks to those of the whole batch
     decay, v_th, lens, detach_reset, impl   as in `lif`
 
-    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype and layout.
+    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype; in channels-last memory on Triton, else in
+    x's layout.
 
-    On Triton x is not copied as (T*B, C, H, W) channels-last unflattened to (T, B), or plain
-    contiguous; any other x is. For the backward are kept x, two bits per neuron-step and
-    per-channel vectors; without a gradient nothing. On PyTorch, with detach_reset=False and under
-    torch.func it is F.batch_norm, the add and `lif`. Second derivatives and forward mode are
-    refused. Raises TypeError for a wrong dtype, ValueError for anything else that doesn't fit.
+    Triton works on channels-last memory, as training on GPUs does: (T*B, C, H, W) channels-last
+    unflattened to (T, B) is taken as it is, any other x or residual copied. For the backward are
+    kept x, two bits per neuron-step and per-channel vectors; without a gradient nothing. On
+    PyTorch, with detach_reset=False and under torch.func it is F.batch_norm, the add and `lif`.
+    Second derivatives and forward mode are refused. Raises TypeError for a wrong dtype, ValueError
+    for anything else that doesn't fit.
     """
     if x.dim() == 4 and T is not None:
         x = x.unsqueeze(0)  # (B, C, H, W) -> (1, B, C, H, W)
@@ -699,13 +625,41 @@ def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
         raise ValueError("running_mean and running_var must be given together, or neither")
     if not training and running_mean is None:
         raise ValueError("training=False needs running_mean and running_var")
-    group = None if group is None or group.size() == 1 or not training else group
-    if training and x.numel() * (1 if group is None else group.size()) < 2 * C:
+    if group is not None and (group.size() == 1 or not training):
+        group = None  # there is nothing to share
+    ranks = 1 if group is None else group.size()
+    if training and ranks * x.numel() < 2 * C:
         raise ValueError("batch statistics need more than one value a channel, x is "
                          f"{tuple(x.shape)}")
-    args = x, weight, bias, residual, running_mean, running_var, training, momentum, T, eps, neuron
-    if impl != "triton" or not detach_reset or torch._C._are_functorch_transforms_active():
-        return _composed(*args, bool(detach_reset), group, impl)
+
+    fused = impl == "triton" and detach_reset and x.numel() > 0
+    if not fused or torch._C._are_functorch_transforms_active():
+        # in three steps; the current is fp32 for bf16 and fp16 too
+        folded = x.flatten(0, 1).to(state_dtype(x))  # (T, B, C, H, W) -> (T*B, C, H, W)
+        current = batch_norm(folded, running_mean, running_var, weight, bias, training, momentum,
+                             eps, group)
+        current = current.unflatten(0, x.shape[:2]).expand(shape)  # -> (T, B, C, H, W)
+        if residual is not None:
+            current = current + residual
+        return lif(current, *neuron, bool(detach_reset), impl).to(x.dtype)
+
+    # once, and not again in each operator that reads x
+    x = _rows(x).permute(0, 1, 4, 2, 3)
     if residual is not None:
         residual = residual.to(x.dtype)
-    return _fused(x, weight, bias, residual, *args[4:], group)
+    # the derivative is idsnn::bn_lif's alone, that of the statistics included
+    constant = weight.detach(), bias.detach()
+    if training:
+        parts = _statistics(x.detach())
+    else:
+        # those of a single value that is the mean; and nothing to update
+        parts = _as_parts(1, running_mean[None], running_var[None])
+        running_mean = running_var = None
+    name = ""
+    if group is not None:
+        name = group.group_name
+        parts = _gather(parts, x.numel() // C, group)
+    vectors = _vectors(parts, *constant, running_mean, running_var, momentum, eps)
+    inputs = x, residual, weight, bias
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    return _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)[0]

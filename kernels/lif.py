@@ -38,6 +38,11 @@ MAX_T = 32  # the kernels unroll over T
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
 
 
+def state_dtype(x):
+    """fp32 whatever the dtype of x, fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 # ---------------------------------------------------------------------------- the specification
 
 class _Spike(torch.autograd.Function):
@@ -62,10 +67,12 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
     Same dtype out; the state is fp32 for bf16 and fp16 input, fp64 for fp64. Slow; everything else
     is tested against it.
     """
-    u = f = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    u = f = torch.zeros_like(x[0], dtype=state_dtype(x))
     spikes = []
     for t in range(x.shape[0]):
-        u = u * decay * (1 - (f.detach() if detach_reset else f)) + x[t].to(u.dtype)
+        if detach_reset:
+            f = f.detach()
+        u = u * decay * (1 - f) + x[t].to(u.dtype)
         f = _Spike.apply(u, v_th, lens)
         spikes.append(f.to(x.dtype))
     return torch.stack(spikes)
@@ -74,26 +81,26 @@ def lif_reference(x, decay=0.25, v_th=0.5, lens=0.5, detach_reset=True):
 # ---------------------------------------------------------------------------- memory
 # to the kernels every tensor is flat (T, N): the N neurons of a time-step in any dense order.
 
-def plane_strides(x):
-    """Strides of a dense copy of x[0] in its order of dimensions; its own if it is dense."""
-    return torch.empty_like(x[0], device="meta").stride()
+def planes_like(x, T, dtype=None):
+    """Empty (T, ...), one dense plane after another, dimensions in the order that they have in
+    x[0]; shape and dtype else as x."""
+    N = math.prod(x.shape[1:])
+    # a dense plane keeps its own order, whatever it is
+    strides = torch.empty_like(x[0], device="meta").stride()
+    return x.new_empty_strided((T, *x.shape[1:]), (N, *strides), dtype=dtype or x.dtype)
 
 
-def planes_like(x, T, strides, dtype=None):
-    """Empty (T, ...), planes of these strides one after another; shape and dtype else as x."""
-    shape = T, *x.shape[1:]
-    return x.new_empty_strided(shape, (math.prod(shape[1:]), *strides), dtype=dtype or x.dtype)
+def flat(x, like):
+    """x as flat (T, N) memory whose planes lie as those of `like`: a view where they do, or a copy.
 
-
-def flat(x, strides):
-    """x as flat (T, N) memory with planes of these strides. T-stride N, or 0 if x is expanded.
-
-    A view where x lies so, else a copy.
+    T-stride N, or 0 if x is expanded.
     """
-    T, N = x.shape[0], math.prod(x.shape[1:])
-    dense = all(a == b for n, a, b in zip(x.shape[1:], x.stride()[1:], strides) if n > 1)
+    T, N = len(x), math.prod(x.shape[1:])
+    dimensions = zip(x.shape[1:], x.stride()[1:], like.stride()[1:])
+    # the stride of a dimension of size 1 is never used
+    dense = all(stride == wanted for size, stride, wanted in dimensions if size > 1)
     if not dense or T > 1 and x.stride(0) not in (0, N):
-        x = planes_like(x, T, strides).copy_(x)
+        x = planes_like(like, T, x.dtype).copy_(x)
     return x.as_strided((T, N), (N if T == 1 else x.stride(0), 1))
 
 
@@ -105,13 +112,14 @@ def flat(x, strides):
 
 def _chunks(x):
     N = x.shape[1]
-    size = 2**17 * torch.get_num_threads() if x.device.type == "cpu" else max(N, 1)
+    size = max(N, 1)
+    if x.device.type == "cpu":
+        size = 2**17 * torch.get_num_threads()  # neurons: half a MiB of each buffer and thread
     return (slice(i, min(i + size, N)) for i in range(0, N, size))
 
 
 def _buffers(x, s, n):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(n, s.stop - s.start, dtype=dtype).unbind()
+    return x.new_empty(n, s.stop - s.start, dtype=state_dtype(x)).unbind()
 
 
 def forward_torch(x, spikes, bits, decay, v_th, lens):
@@ -120,20 +128,22 @@ def forward_torch(x, spikes, bits, decay, v_th, lens):
     for s in _chunks(x):
         leak, keep, distance, code, u_out = _buffers(x, s, 5)
         for t in range(T):
-            u, f = x[t, s].to(leak.dtype), spikes[t, s]
+            u = x[t, s].to(leak.dtype)
+            f = spikes[t, s]
             if t:
                 u = torch.addcmul(u, leak, keep, out=u_out)
             torch.gt(u, v_th, out=f)
+            # what the next step needs
             if t < T - 1:
                 torch.mul(u, decay, out=leak)
                 torch.le(u, v_th, out=keep)  # 1 - F
+            # what the backward needs
             if bits is not None:
                 window = torch.sub(u, v_th, out=distance).abs_().lt_(lens)
+                if t % 4 == 0:
+                    code.zero_()
                 bit = 4 ** (t % 4)  # F's; w's is the next
-                if bit == 1:
-                    torch.add(f, window, alpha=2, out=code)
-                else:
-                    code.add_(f, alpha=bit).add_(window, alpha=2 * bit)
+                code.add_(f, alpha=bit).add_(window, alpha=2 * bit)
                 if t % 4 == 3 or t == T - 1:
                     bits[t // 4, s] = code
 
@@ -151,6 +161,7 @@ def backward_torch(g, bits, dx, decay, lens):
             # 1/(2*lens) or 0, exactly: a power of two comes and goes
             window.copy_(torch.bitwise_and(byte, 2 * bit, out=masked))
             window.mul_(1 / (2 * lens) / (2 * bit))
+            # straight to where it belongs, unless that would round the next steps too
             out = dx[t, s] if dx.dtype == keep.dtype else du_out
             du = torch.mul(g[t, s].to(keep.dtype), window, out=out)
             if t < T - 1:
@@ -164,16 +175,18 @@ def backward_torch(g, bits, dx, decay, lens):
 
 def backward_full_torch(g, x, dx, decay, v_th, lens):
     """Plain derivative: g (T, N), x (T, N) -> dx (T, N). Rare, so without buffers."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = state_dtype(x)
     us, leak = [], 0
     for x_t in x.to(dtype):
         us.append(leak + x_t)
         leak = us[-1] * decay * (us[-1] <= v_th)
     du = torch.zeros_like(us[0])
     for t in reversed(range(len(us))):
-        u, g_t = us[t], g[t].to(dtype)
-        window = ((u - v_th).abs() < lens).to(dtype) * (1 / (2 * lens))
-        du = (g_t - du * (u * decay)) * window + du * decay * (u <= v_th)
+        u = us[t]
+        surrogate = ((u - v_th).abs() < lens).to(dtype) * (1 / (2 * lens))
+        # a spike more at t is a reset of u*decay more
+        g_t = g[t].to(dtype) - du * (u * decay)
+        du = g_t * surrogate + du * decay * (u <= v_th)
         dx[t] = du
 
 
@@ -199,7 +212,7 @@ if triton is not None:
     @triton.jit
     def fire(leak, x, v_th, lens):
         """One step: leak (0 after a spike) and input -> U (eq. 2), F (eq. 3), window (eq. 4)."""
-        u = leak + x
+        u = leak + x.to(tl.float32)
         return u, u > v_th, tl.abs(u - v_th) < lens
 
     @triton.jit
@@ -210,29 +223,36 @@ if triton is not None:
     @triton.jit
     def pack(code, fired, window, t):
         """Put step t's two bits into the byte."""
-        return code | ((fired.to(tl.int32) | (window.to(tl.int32) << 1)) << (2 * (t % 4)))
+        bits = fired.to(tl.int32) | (window.to(tl.int32) << 1)
+        return code | (bits << (2 * (t % 4)))
 
     @triton.jit
     def backward_step(g, du, code, t, decay, inv):
         """dU[t+1] -> dU[t] with the reset detached, from step t's two bits."""
         code = code.to(tl.int32) >> (2 * (t % 4))
         surrogate = tl.where((code & 2) != 0, inv, 0.0)
-        return g * surrogate + du * tl.where((code & 1) != 0, 0.0, decay)
+        keep = tl.where((code & 1) != 0, 0.0, decay)
+        return g.to(tl.float32) * surrogate + du * keep
+
+    @triton.jit
+    def _neurons(N, BLOCK: tl.constexpr):
+        """This program's neurons, and which of them there are."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        return n, n < N
 
     @triton.jit(do_not_specialize=["step"])
-    def _forward_kernel(X, F, Bits, N: tl.int64, step, decay, v_th, lens,
-                        T: tl.constexpr, BLOCK: tl.constexpr):
+    def _forward_kernel(X, N: tl.int64, step, F, Bits, decay, v_th, lens, T: tl.constexpr,
+                        BLOCK: tl.constexpr):
         """Eq. 2-3. Reads X, writes F and, unless Bits is None, two bits per neuron-step.
 
         X moves on by step*N a time-step; step is 0 (the same current at every step) or 1.
         """
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         xs = load_steps(X, step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         code = tl.zeros([BLOCK], tl.int32)
         for t in tl.static_range(T):
-            u, fired, window = fire(leak, xs[t].to(tl.float32), v_th, lens)
+            u, fired, window = fire(leak, xs[t], v_th, lens)
             tl.store(F + t * N + n, tl.where(fired, 1.0, 0.0), inside)
             leak = reset(u, fired, decay)
             if Bits is not None:
@@ -242,30 +262,28 @@ if triton is not None:
                     code = tl.zeros([BLOCK], tl.int32)
 
     @triton.jit(do_not_specialize=["step"])
-    def _backward_kernel(G, Bits, DX, N: tl.int64, step, decay, inv,
-                         T: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward_kernel(G, N: tl.int64, step, Bits, DX, decay, inv, T: tl.constexpr,
+                         BLOCK: tl.constexpr):
         """Detached reset. Reads g and two bits, writes dX. G moves on by step*N a time-step."""
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         gs = load_steps(G, step * N, n, inside, T)
         codes = load_steps(Bits, N, n, inside, (T + 3) // 4)
         du = tl.zeros([BLOCK], tl.float32)
         for t in tl.static_range(T - 1, -1, -1):
-            du = backward_step(gs[t].to(tl.float32), du, codes[t // 4], t, decay, inv)
+            du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
             tl.store(DX + t * N + n, du, inside)
 
     @triton.jit(do_not_specialize=["g_step", "x_step"])
-    def _backward_full_kernel(G, X, DX, N: tl.int64, g_step, x_step, decay, v_th, lens, inv,
+    def _backward_full_kernel(G, N: tl.int64, g_step, X, x_step, DX, decay, v_th, lens, inv,
                               T: tl.constexpr, BLOCK: tl.constexpr):
         """Plain derivative. Reads X, recomputes U into registers, reads g, writes dX."""
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = n < N
+        n, inside = _neurons(N, BLOCK)
         xs = load_steps(X, x_step * N, n, inside, T)
         gs = load_steps(G, g_step * N, n, inside, T)
         leak = tl.zeros([BLOCK], tl.float32)
         us = ()
         for t in tl.static_range(T):
-            u, fired, _ = fire(leak, xs[t].to(tl.float32), v_th, lens)
+            u, fired, _ = fire(leak, xs[t], v_th, lens)
             leak = reset(u, fired, decay)
             us = us + (u,)
         du = tl.zeros([BLOCK], tl.float32)
@@ -281,15 +299,27 @@ if triton is not None:
 def block_size(itemsize, planes):
     """Neurons per program: 16 bytes for each of 128 threads; fewer where more than 16 planes of
     each stay in registers."""
-    return 128 * 16 // itemsize // (1 if planes <= 16 else 2 if planes <= 32 else 4)
+    block = 128 * 16 // itemsize
+    for limit in (16, 32):
+        if planes > limit:
+            block //= 2
+    return block
 
 
-def _launch(kernel, block, x, *args):
-    """Multiply-adds stay apart (no contraction), as in the specification."""
+def _step(x):
+    return int(x.stride(0) != 0)  # 0: one plane, the same current each step
+
+
+def _launch(kernel, planes, x, *args):
+    """x (T, N), and what follows N and x's step; so many planes are loaded."""
     T, N = x.shape
+    block = block_size(x.element_size(), planes)
+    if N == 0:
+        return
+    # products and sums stay apart (no contraction), as in the specification
+    grid = (triton.cdiv(N, block),)
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(N, block),)](x, *args, T=T, BLOCK=block, num_warps=4,
-                                         enable_fp_fusion=False)
+        kernel[grid](x, N, _step(x), *args, T=T, BLOCK=block, num_warps=4, enable_fp_fusion=False)
 
 
 # ---------------------------------------------------------------------------- operators
@@ -300,90 +330,63 @@ def _launch(kernel, block, x, *args):
 Tensor = torch.Tensor
 
 
-def _step(x):
-    return int(x.stride(0) != 0)  # 0: one plane, the same current each step
-
-
 @torch.library.custom_op("idsnn::lif", mutates_args=())
 def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, save: bool,
          impl: str) -> tuple[Tensor, Tensor]:
     """Spikes, and the bits, empty unless `save`; detach_reset concerns the derivative alone."""
-    strides = plane_strides(x)
-    spikes, bits = _lif_outputs(x, save, strides)
-    X, F, B = flat(x, strides), flat(spikes, strides), flat(bits, strides) if save else None
+    spikes, bits = _lif_outputs(x, save)
+    X, F = flat(x, spikes), flat(spikes, spikes)
+    B = flat(bits, spikes) if save else None
     if impl == "torch":
         forward_torch(X, F, B, decay, v_th, lens)
-    elif X.numel():
-        _launch(_forward_kernel, block_size(X.element_size(), len(X)), X, F, B, X.shape[1],
-                _step(X), decay, v_th, lens)
+    else:
+        _launch(_forward_kernel, len(X), X, F, B, decay, v_th, lens)
     return spikes, bits
 
 
 @torch.library.custom_op("idsnn::lif_backward", mutates_args=())
-def _lif_backward(g: Tensor, bits: Tensor, decay: float, lens: float, impl: str) -> Tensor:
-    strides = plane_strides(bits)
-    dx = planes_like(g, len(g), strides)
-    G, B, D = flat(g, strides), flat(bits, strides), flat(dx, strides)
-    if impl == "torch":
-        backward_torch(G, B, D, decay, lens)
-    elif G.numel():
-        _launch(_backward_kernel, block_size(G.element_size(), len(G)), G, B, D, G.shape[1],
-                _step(G), decay, 1 / (2 * lens))
+def _lif_backward(g: Tensor, saved: Tensor, decay: float, v_th: float, lens: float,
+                  detach_reset: bool, impl: str) -> Tensor:
+    """dX from g and what was saved: the bits or, for the plain derivative, x."""
+    dx = planes_like(saved, len(g), g.dtype)
+    G, S, D = (flat(t, dx) for t in (g, saved, dx))
+    inv = 1 / (2 * lens)
+    if impl == "torch" and detach_reset:
+        backward_torch(G, S, D, decay, lens)
+    elif impl == "torch":
+        backward_full_torch(G, S, D, decay, v_th, lens)
+    elif detach_reset:
+        _launch(_backward_kernel, len(G), G, S, D, decay, inv)
+    else:
+        _launch(_backward_full_kernel, 2 * len(G), G, S, _step(S), D, decay, v_th, lens, inv)
     return dx
 
 
-@torch.library.custom_op("idsnn::lif_backward_full", mutates_args=())
-def _lif_backward_full(g: Tensor, x: Tensor, decay: float, v_th: float, lens: float,
-                       impl: str) -> Tensor:
-    strides = plane_strides(x)
-    dx = planes_like(x, len(x), strides)
-    G, X, D = flat(g, strides), flat(x, strides), flat(dx, strides)
-    if impl == "torch":
-        backward_full_torch(G, X, D, decay, v_th, lens)
-    elif G.numel():
-        _launch(_backward_full_kernel, block_size(X.element_size(), 2 * len(X)), G, X, D,
-                G.shape[1], _step(G), _step(X), decay, v_th, lens, 1 / (2 * lens))
-    return dx
-
-
-def _lif_outputs(x, save, strides):
-    T = x.shape[0]
-    spikes = planes_like(x, T, strides)
+def _lif_outputs(x, save):
+    spikes = planes_like(x, len(x))
     if not save:
         return spikes, x.new_empty(0, dtype=torch.uint8)
-    return spikes, planes_like(x, (T + 3) // 4, strides, torch.uint8)
+    return spikes, planes_like(x, (len(x) + 3) // 4, torch.uint8)
 
 
-@_lif.register_fake
-def _(x, decay, v_th, lens, detach_reset, save, impl):
-    return _lif_outputs(x, save, plane_strides(x))
-
-
-@_lif_backward.register_fake
-def _(g, bits, decay, lens, impl):
-    return planes_like(g, g.shape[0], plane_strides(bits))
-
-
-@_lif_backward_full.register_fake
-def _(g, x, decay, v_th, lens, impl):
-    return planes_like(x, x.shape[0], plane_strides(x))
+_lif.register_fake(lambda x, *rest: _lif_outputs(x, save=rest[-2]))
+_lif_backward.register_fake(lambda g, saved, *_: planes_like(saved, len(g), g.dtype))
 
 
 # ---------------------------------------------------------------------------- derivatives
 
 def _save(ctx, inputs, output):
     x, *ctx.neuron, ctx.bits_saved, ctx.impl = inputs
-    ctx.save_for_backward(output[1] if ctx.bits_saved else x)
+    spikes, bits = output
+    ctx.save_for_backward(bits if ctx.bits_saved else x)
     ctx.set_materialize_grads(False)  # no zeros for the bits
 
 
 def _gradient(g, saved, decay, v_th, lens, detach_reset, bits_saved, impl):
     """dX from the bits or, where they were not saved, from x."""
-    if not detach_reset:
-        return _lif_backward_full(g, saved, decay, v_th, lens, impl)
-    if not bits_saved:
+    if detach_reset and not bits_saved:
         saved = _lif(saved, decay, v_th, lens, True, True, impl)[1]
-    return _lif_backward(g, saved, decay, lens, impl)
+    return _lif_backward(g, saved, decay, v_th, lens, detach_reset, impl)
 
 
 def no_second_derivative(name):
@@ -395,7 +398,7 @@ def _backward(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         no_second_derivative("lif")
     dx = _gradient(g, *ctx.saved_tensors, *ctx.neuron, ctx.bits_saved, ctx.impl)
-    return dx, None, None, None, None, None, None
+    return dx, *[None] * 6
 
 
 _lif.register_autograd(_backward, setup_context=_save)
@@ -434,19 +437,21 @@ def over_batches(function):
     def behind_T(arg, dim, batch_size):
         if not isinstance(arg, Tensor):
             return arg
-        if dim is None:  # the same for the whole batch
-            arg, dim = arg.unsqueeze(1).expand(len(arg), batch_size, *arg.shape[1:]), 1
-        return arg.movedim(dim, 1)  # (T, batch, ...)
+        if dim is None:  # the same for the whole batch: (T, ...) -> (T, batch, ...)
+            return arg.unsqueeze(1).expand(len(arg), batch_size, *arg.shape[1:])
+        return arg.movedim(dim, 1)  # -> (T, batch, ...)
 
     def rule(info, in_dims, *args):
-        out = function(*(behind_T(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
+        batched = [behind_T(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)]
+        out = function(*batched)
         if isinstance(out, tuple):
-            return out, tuple(1 if o.dim() > 1 else None for o in out)  # None: the bits, empty
+            # bits that were not asked for are empty, without a batch
+            return out, tuple(1 if o.dim() > 1 else None for o in out)
         return out, 1
     return rule
 
 
-for _op in (_lif, _lif_backward, _lif_backward_full):
+for _op in (_lif, _lif_backward):
     _op.register_vmap(over_batches(_op))
     refuse_forward_mode(_op)
 
@@ -484,7 +489,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx = _Gradient.apply(g, *ctx.saved_tensors, *ctx.neuron, False, ctx.impl)
-        return dx, None, None, None, None, None
+        return dx, *[None] * 5
 
 
 for _function in (_Gradient, _Transformed):

@@ -21,9 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 CAPABILITIES = 80, 90, 100
 LIF_SIGNATURE = {"Bits": "*u8", "N": "i64", "step": "i32", "g_step": "i32", "x_step": "i32"}
-BN_LIF_SIGNATURE = {
-    "Bits": "*u8", "N": "i64", "R": "i32", "C": "i32", "S": "i32", "W": "i32", "P": "i32",
-    "fold": "i32", "n": "i32", "Parts": "*fp32", "Whole": "*fp64", "Sums": "*fp32"}
+BN_LIF_SIGNATURE = {"Bits": "*u8", "N": "i64", "W": "i32", "P": "i32", "C": "i32", "n": "i32",
+                    "ranks": "i32"}
 
 
 def signature(kernel, dtype, table):
@@ -64,41 +63,42 @@ def lif_cases():
 
 
 def bn_lif_cases():
-    """As above. Channels-last memory, whose channels are folded to a multiple of 64."""
+    """As above."""
     K = importlib.import_module("kernels.bn_lif")
-    kernels = {  # constants, and the pointers that are None
+    kernels = {  # constants (planes of x, where not T; Triton makes one of 1) and pointers to None
         "statistics": (K._statistics_kernel, {}, ""),
-        "forward": (K._forward_kernel, {"STATIC": False}, ""),
-        "inference": (K._forward_kernel, {"STATIC": False}, "Bits Residual"),
-        "static": (K._forward_kernel, {"STATIC": True}, "Residual"),
-        "reduce": (K._reduce_kernel, {"STATIC": False}, ""),
-        "apply": (K._apply_kernel, {"STATIC": False}, ""),
-        "apply_static": (K._apply_kernel, {"STATIC": True}, "DResidual"),
-        "combine": (K._combine_kernel, {}, "Whole"),
-        "means": (K._means_kernel, {}, "")}
+        "forward": (K._forward_kernel, {}, ""),
+        "inference": (K._forward_kernel, {}, "Bits Residual"),
+        "static": (K._forward_kernel, {"TX": 1}, "Residual"),
+        "reduce": (K._reduce_kernel, {}, ""),
+        "apply": (K._apply_kernel, {}, ""),
+        "apply_static": (K._apply_kernel, {"TX": 1}, "DResidual"),
+        "vectors": (K._vectors_kernel, {}, ""),
+        "means": (K._means_kernel, {}, ""),
+        "vectors_of_constants": (K._vectors_kernel, {"P": 1}, "RunningMean RunningVar"),
+        "vectors_of_one_channel": (K._vectors_kernel, {"C": 1}, ""),
+        "means_of_one_part": (K._means_kernel, {"P": 1, "C": 1, "ranks": 1}, "")}
 
-    def case(which, dtype, cc, T=4, contiguous=False):
-        kernel, constants, none = kernels[which]
+    def case(which, dtype, cc, T=4, form="vector"):
+        kernel, given, none = kernels[which]
         types = signature(kernel, dtype, BN_LIF_SIGNATURE)
         aligned = [name for name, kind in types.items() if kind[0] == "*"]
-        aligned += ["N", "W", *(["R", "S"] if contiguous else ["C"])]
-        if which in ("combine", "means"):
-            shape = {"BP": K.PARTS, "BC": K.CHANNELS}
-        else:
-            tile = K.tile_size(T, ITEM[dtype])
-            shape = {"BR": tile, "BC": 1} if contiguous else {"BR": tile // 64, "BC": 64, "S": 1}
-        constants = {"T": T} | constants | shape | dict.fromkeys(none.split())
+        aligned += ["W", "C"] + ["N"] * (form == "vector")
+        tiles = {"T": T, "TX": T, "BR": K.tile_size(T, ITEM[dtype]) // K.COLUMNS}
+        channels = {"BP": K.PARTS, "CHANNELS": K.CHANNELS}
+        constants = tiles | channels | given | dict.fromkeys(none.split())
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        name = f"bn_lif {which} {dtype} sm{cc} T{T} {'contiguous' if contiguous else 'vector'}"
+        name = f"bn_lif {which} {dtype} sm{cc} T{T} {form}"
         return name, kernel, types, constants, aligned, cc
 
     for which in ("statistics", "forward", "inference", "reduce", "apply"):
         yield from (case(which, "bf16", cc) for cc in CAPABILITIES)
         yield case(which, "fp32", 90)
     yield from (case(which, "bf16", 90) for which in ("static", "apply_static"))
-    yield from (case(which, "fp32", 90) for which in ("combine", "means"))
+    yield from (case(which, "fp32", 90) for which in kernels
+                if which.startswith(("vectors", "means")))
     for which in ("forward", "reduce", "apply"):
-        yield case(which, "bf16", 90, contiguous=True)
+        yield case(which, "bf16", 90, form="scalar")  # memory that 16 bytes don't divide
         yield case(which, "bf16", 90, 8)
         yield case(which, "fp32", 90, 8)
         yield case(which, "fp32", 90, 32)
@@ -182,7 +182,8 @@ def test_no_kernel_contracts_flushes_or_spills(compiled):
 
 def test_nothing_is_divided_where_neurons_are(compiled):
     for name, c in compiled.items():  # the ends of the statistics divide, once a channel
-        assert c["divisions"] == 0 or name.split()[1] in ("statistics", "combine", "means"), name
+        once = name.split()[1].startswith(("statistics", "vectors", "means"))
+        assert c["divisions"] == 0 or once, name
 
 
 def test_every_load_stands_before_the_first_store(compiled):
@@ -231,7 +232,7 @@ def test_bn_lif_moves_16_bytes_at_a_time(compiled):
         "statistics": (1, 0, 1, 0, 0), "forward": (2, 1, 0, 0, 2), "inference": (1, 1, 0, 0, 2),
         "static": (0, 1, 1, 0, 2), "reduce": (2, 0, 0, 0, 2), "apply": (2, 2, 0, 0, 4),
         "apply_static": (1, 0, 1, 1, 4)}
-    for name, c in of(compiled, "bn_lif"):
+    for name, c in of(compiled, "bn_lif", "vector"):
         which, T = name.split()[1], c["T"]
         if which not in planes or T * ITEM[name.split()[2]] > 16:  # fewer neurons a thread
             continue

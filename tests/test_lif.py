@@ -194,7 +194,7 @@ COPIED = {
 def test_layouts(impl, detach_reset, layout):
     x = (LAYOUTS | COPIED)[layout](current(4, 2, 3, 4, 5))
     if layout in LAYOUTS:
-        assert K.flat(x, K.plane_strides(x)).data_ptr() == x.data_ptr()  # no copy
+        assert K.flat(x, K.planes_like(x, len(x))).data_ptr() == x.data_ptr()  # no copy
     for g_layout in ("channels-last", "expanded over T", "expanded inside"):
         g = (LAYOUTS | COPIED)[g_layout](current(*x.shape, seed=2))
         spikes = check(x, impl, detach_reset, g=g, **ODD)
@@ -288,8 +288,8 @@ def test_opcheck(impl):
     for op, args in ((K._lif, (x, 0.25, 0.5, 0.5, True, True, impl)),
                      (K._lif, (x, 0.25, 0.5, 0.5, True, False, impl)),
                      (K._lif, (x, 0.25, 0.5, 0.5, False, False, impl)),
-                     (K._lif_backward, (g, bits, 0.25, 0.5, impl)),
-                     (K._lif_backward_full, (g, g, 0.25, 0.5, 0.5, impl))):
+                     (K._lif_backward, (g, bits, 0.25, 0.5, 0.5, True, impl)),
+                     (K._lif_backward, (g, g, 0.25, 0.5, 0.5, False, impl))):
         torch.library.opcheck(op, args)
 
 
