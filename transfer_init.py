@@ -23,7 +23,6 @@ if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from kernels import BatchNorm2d, bn_lif
@@ -47,7 +46,6 @@ from train_teacher import (
     run_script,
     save_checkpoint,
     sha256_file,
-    world_size,
 )
 
 
@@ -158,7 +156,7 @@ class BatchNormLIF(BatchNorm2d):
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
             training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
             decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
-            group=dist.group.WORLD if world_size() > 1 else None)
+            group=self.group)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
