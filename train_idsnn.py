@@ -222,8 +222,8 @@ def main(argv=None):
         model.parameters(), lr, args.momentum, nesterov=args.nesterov,
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
-    # resume: weights, momentum, scaler and history of an interrupted run
-    epochs_done = run.restore(model, optimizer, scaler)
+    # resume: weights, momentum and scaler of an interrupted run
+    epochs_done = run.restore(arch, model, optimizer, scaler)
 
     # one training step, over buffers that are made once
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
@@ -297,12 +297,12 @@ def main(argv=None):
                 firing=100 * sum(rates.values()) / len(rates), rates=rates,
                 images_per_s=batches.steps * args.batch_size / trained,
                 seconds=time.time() - began)
-            run.end_epoch(row, arch, model, optimizer, scaler)
+            run.end_epoch(row)
             for line in firing_warnings(rates):
                 run.say(f"warning: {line}")
 
         # save: the last weights; then what to run next
-        run.finish(arch, model, f"python eval.py {args.out}")
+        run.finish(f"python eval.py {args.out}")
 
 
 if __name__ == "__main__":

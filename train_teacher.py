@@ -614,8 +614,8 @@ def main(argv=None):
         model.parameters(), lr, args.momentum, nesterov=args.nesterov,
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
-    # resume: weights, momentum, scaler and history of an interrupted run
-    epochs_done = run.restore(model, optimizer, scaler)
+    # resume: weights, momentum and scaler of an interrupted run
+    epochs_done = run.restore(arch, model, optimizer, scaler)
 
     # one training step, over buffers that are made once
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
@@ -663,10 +663,10 @@ def main(argv=None):
                 test_loss=test_loss, test_acc=test_acc, lr=rate,
                 images_per_s=batches.steps * args.batch_size / trained,
                 seconds=time.time() - began)
-            run.end_epoch(row, arch, model, optimizer, scaler)
+            run.end_epoch(row)
 
         # save: the last weights; then what to run next
-        run.finish(arch, model, f"python transfer_init.py --src {args.out}")
+        run.finish(f"python transfer_init.py --src {args.out}")
 
 
 # ----------------------------------------------------------------------- shared: flags and errors
@@ -1172,8 +1172,10 @@ class TrainingRun:
         self.task = self.bar.add_task("", total=args.epochs, completed=self.epochs_before)
         self.bar_moved = 0.0
 
-    def restore(self, model, optimizer, scaler):
-        """Put the state of an interrupted run in place; returns how many epochs are done."""
+    def restore(self, arch, model, optimizer, scaler):
+        """Take what the run will save, after putting an interrupted run's state into it; returns
+        how many epochs are done."""
+        self.arch, self.model, self.optimizer, self.scaler = arch, model, optimizer, scaler
         if self.earlier:
             path, remedy = f"{self.args.out}.last", "--fresh starts over"
             lr, state = optimizer.param_groups[0]["lr"], self.earlier["resume"]
@@ -1226,20 +1228,21 @@ class TrainingRun:
             dist.all_reduce(total)
         return (total / steps / world_size()).tolist()
 
-    def end_epoch(self, row, arch, model, optimizer, scaler):
+    def end_epoch(self, row):
         """Keep the epoch's state, then print it: an epoch that was printed is kept.
 
         Ends the run where a loss or a weight stopped being finite (a spiking layer of NaNs is
         merely silent).
         """
         bad = [k for k in ("loss", "test_loss") if not math.isfinite(row[k])]
-        bad += [k for k, v in model.state_dict().items() if not torch.isfinite(v).all()]
+        bad += [k for k, v in self.model.state_dict().items() if not torch.isfinite(v).all()]
         if bad:
             fail(f"{bad[0]} is not finite in epoch {row['epoch']}: try {self.remedies()}", 1)
         self.history.append(row)
         if self.log:
-            resume = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            content = serialise(self.checkpoint(arch, model) | dict(resume=resume))
+            state = dict(
+                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+            content = serialise(self.checkpoint() | dict(resume=state))
             self.pending = len(self.history), content
             if 50 * self.writing <= time.time() - self.began:
                 self.write_pending()
@@ -1264,9 +1267,9 @@ class TrainingRun:
             tips.append("--precision fp32")
         return " or ".join(tips)
 
-    def checkpoint(self, arch, model):
+    def checkpoint(self):
         return make_checkpoint(
-            self.stage, arch, model, self.args, self.identity, self.data.describe(),
+            self.stage, self.arch, self.model, self.args, self.identity, self.data.describe(),
             self.parents, self.history)
 
     def write_pending(self):
@@ -1290,12 +1293,12 @@ class TrainingRun:
         epochs = "1 epoch" if self.saved == 1 else f"{self.saved} epochs"
         return f"{self.args.out}.last holds {epochs}: {again} goes on"
 
-    def finish(self, arch, model, next_command):
+    def finish(self, next_command):
         """Write <out>, delete <out>.last, say what comes next."""
         last, best = self.history[-1], max(row["test_acc"] for row in self.history)
         if self.log:
             self.write_pending()  # <out> may not find room
-            save_checkpoint(self.args.out, self.checkpoint(arch, model), remains=self.kept())
+            save_checkpoint(self.args.out, self.checkpoint(), remains=self.kept())
             Path(f"{self.args.out}.last").unlink(missing_ok=True)
         guessing = math.log(len(self.data.classes))
         if last["test_loss"] > 10 * guessing:
