@@ -593,15 +593,16 @@ def test_nir_export_of_a_trained_network(trained, monkeypatch, capsys):
 
 
 def test_a_network_for_other_data_than_its_teachers(tmp_path, monkeypatch, capsys):
-    """Its checkpoint knows classes and image size, but neither mean nor hash: nothing was read."""
+    """Stage 2 has read a folder; of CIFAR, not downloaded yet, mean and deviation are not known."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "set", size=(8, 8))
     train_teacher.main("--dataset digits --width 2 --depth 18 --epochs 1 --device cpu".split())
     transfer_init.main("--src r34.pt --dataset set --T 2".split())
     stage4.main("snn_init.pt --device cpu --json e.json".split())
     assert json.loads(Path("e.json").read_text())["runs"][0]["evaluated_on"]["name"] == "set"
+    transfer_init.main("--src r34.pt --dataset cifar10 --T 2 --out cifar.pt".split())
     for flags in ("--predict set/train/cat/0.png", "--export nir net.nir"):
         with pytest.raises(SystemExit) as end:
-            stage4.main(["snn_init.pt", *flags.split()])
+            stage4.main(["cifar.pt", *flags.split()])
         error = capsys.readouterr().err
         assert end.value.code == 2 and "train it first" in error and error.count("\n") == 1
