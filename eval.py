@@ -47,14 +47,13 @@ from rich.progress import track
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from train_idsnn import FiringRates
+from train_idsnn import FiringRates, check_fits
 from train_teacher import (
     BasicBlock,
     Bottleneck,
     Images,
     Parser,
     ResNet,
-    check_fits,
     check_writable,
     fail,
     load_checkpoint,
@@ -377,7 +376,7 @@ def show(title, rows, *notes):
     lines += [[text(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     # words to the left, numbers to the right
-    align = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
+    align = ["<" if all(isinstance(row[name], str) for row in rows) else ">" for name in rows[0]]
     print(title)
     for line in lines:
         cells = [f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths)]

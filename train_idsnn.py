@@ -29,7 +29,6 @@ from train_teacher import (
     ResNet,
     TrainingRun,
     add_training_flags,
-    check_fits,
     evaluate,
     fail,
     learning_rate,
@@ -39,15 +38,12 @@ from train_teacher import (
     memory_format,
     number,
     parallel,
-    parent_path,
-    parse_with_recipe,
     recorded,
     run_script,
     setup,
-    sha256_file,
     world_size,
 )
-from transfer_init import BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags
+from transfer_init import BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags, check_classes
 
 # ------------------------------------------------------------------------------------------ recipe
 # the teacher's, and the loss of eq. 6 to 8. the paper gives neither number: the authors' code has
@@ -89,10 +85,10 @@ def parse_args(argv=None):
     if first.help and not os.path.exists(first.init):
         inherited = Path("as in --init")  # only shown; argparse would parse a text
         p.set_defaults(**dict.fromkeys(["dataset", *NEURON], inherited))
-        return parse_with_recipe(p, argv, RECIPES, DIGITS), None
+        return p.parse_with_recipe(argv, RECIPES, DIGITS), None
     init = load_checkpoint(first.init, "init")
     p.set_defaults(dataset=init["config"]["dataset"], **{k: init["arch"][k] for k in NEURON})
-    return parse_with_recipe(p, argv, RECIPES, DIGITS), init
+    return p.parse_with_recipe(argv, RECIPES, DIGITS), init
 
 
 # -------------------------------------------------------------------------------------------- loss
@@ -160,23 +156,35 @@ def firing_warnings(rates):
 
 
 # -------------------------------------------------------------------------------------------- main
+def check_fits(data, checkpoint, who, path, remedy):
+    """End where the network in `path` is for other classes or channels than `data` have."""
+    arch = checkpoint["arch"]
+    if (arch["num_classes"], arch["in_channels"]) != (len(data.classes), data.shape[0]):
+        fail(f"the {who} in {path} is for {arch['num_classes']} classes and {arch['in_channels']} "
+             f"channels, {data.name} has {len(data.classes)} and {data.shape[0]}: {remedy}")
+    check_classes(data.classes, checkpoint["data"], who, path)
+
+
 def load_teacher(args, init, data):
     """(network in fp32 on the CPU, what is recorded of its file); ends where it does not fit."""
     parent = init["provenance"]["parents"]["teacher"]
-    path = args.teacher or parent_path(parent["path"], args.init)
+    path = args.teacher or parent["path"]
+    beside = Path(args.init).parent / Path(path).name  # where both files were moved
+    if not args.teacher and not os.path.exists(path) and beside.exists():
+        path = str(beside)
     if not args.teacher and parent.get("bare"):
         fail(f"{args.init} was made from bare weights ({path}), which know no classes: "
              "say --no-kd, or --teacher with a checkpoint of train_teacher.py")
     if not os.path.exists(path) and not args.teacher:
         fail(f"the teacher {path}, named in {args.init}, does not exist: say --teacher, or --no-kd")
-    checkpoint, digest = load_checkpoint(path, "teacher"), sha256_file(path)
-    if not args.teacher and digest != parent["sha256"]:
+    checkpoint = load_checkpoint(path, "teacher")
+    if not args.teacher and checkpoint["sha256"] != parent["sha256"]:
         fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, "
              f"or say --teacher {path}")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
     teacher = ResNet(**checkpoint["arch"])
     load_state(teacher, checkpoint["model"], path, "train it again, or say --no-kd")
-    return teacher, dict(path=path, sha256=digest)
+    return teacher, dict(path=path, sha256=checkpoint["sha256"])
 
 
 def frozen(teacher, args, autocast):
@@ -198,7 +206,7 @@ def main(argv=None):
     layout = memory_format(device, arch["width"])
     data = load_data(args.dataset, args.data_dir)
     check_fits(data, init, "network", args.init, f"transfer_init.py --dataset {args.dataset}")
-    parents = dict(init=dict(path=args.init, sha256=sha256_file(args.init), config=init["config"]))
+    parents = dict(init=dict(path=args.init, sha256=init["sha256"], config=init["config"]))
     teacher = None
     if not args.no_kd:
         teacher, parents["teacher"] = load_teacher(args, init, data)

@@ -85,7 +85,7 @@ def parse_args(argv=None):
                    help="first convolution; auto: 3x3 for images up to 64 pixels, "
                         "else ImageNet's 7x7 and max-pool")
     add_training_flags(p, out="r34.pt")
-    return parse_with_recipe(p, argv, RECIPES, DIGITS | dict(width=16))
+    return p.parse_with_recipe(argv, RECIPES, DIGITS | dict(width=16))
 
 
 def add_training_flags(p, out):
@@ -694,32 +694,31 @@ class Parser(argparse.ArgumentParser):
         del args.help
         return args
 
+    def parse_with_recipe(self, argv, recipes, digits):
+        """Two passes: the first reads what decides the defaults, the second everything.
+
+        So --help shows the values that will run. Ends where flags contradict each other.
+        """
+        first, _ = self.parse_known_args(argv)
+        recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
+        epochs = first.epochs or recipe["epochs"]
+        marks = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
+        self.set_defaults(**recipe, milestones=marks)
+        if first.milestones:
+            self.set_defaults(schedule="step")
+        args = self.parse_args(argv)
+        if first.milestones and args.schedule != "step":
+            fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
+        if args.nesterov and not args.momentum:
+            fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
+        if args.batch_size % world_size():
+            fail(f"argument --batch-size: {args.batch_size}: {world_size()} processes share it: "
+                 f"must be a multiple of {world_size()}")
+        check_writable("out", args.out)
+        return args
+
     def error(self, message):
         fail(message)
-
-
-def parse_with_recipe(p, argv, recipes, digits):
-    """Two passes: the first reads what decides the defaults, the second everything.
-
-    So --help shows the values that will run. Ends with one line where flags contradict each other.
-    """
-    first, _ = p.parse_known_args(argv)
-    recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
-    epochs = first.epochs or recipe["epochs"]
-    marks = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
-    p.set_defaults(**recipe, milestones=marks)
-    if first.milestones:
-        p.set_defaults(schedule="step")
-    args = p.parse_args(argv)
-    if first.milestones and args.schedule != "step":
-        fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
-    if args.nesterov and not args.momentum:
-        fail("argument --momentum: 0: must be above 0 with Nesterov's (--no-nesterov)")
-    if args.batch_size % world_size():
-        fail(f"argument --batch-size: {args.batch_size}: {world_size()} processes share it: "
-             f"must be a multiple of {world_size()}")
-    check_writable("out", args.out)
-    return args
 
 
 def number(kind, low, high, above=False):
@@ -772,13 +771,15 @@ def fail(message, code=2, every=False):
 
 def run_script(main):
     """The entry point of a script: whatever ends it says so in one line."""
-    for stream in (sys.stdout, sys.stderr):  # no character of ours ends a run
-        stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # no character of ours ends a run
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt as error:
-        kept = getattr(error, "__notes__", ["the same command starts again"])[-1]
+        kept = getattr(error, "__notes__", ["nothing new is kept: give the same command again"])[-1]
         if rank() == 0:
             print(f"interrupted; {kept}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: no other process and no GPU is waited for
@@ -951,25 +952,27 @@ def serialise(checkpoint):
 
 
 def read(path):
-    """torch.load of tensors and plain values alone, after the archive's checksums.
+    """(torch.load of tensors and plain values alone, sha256 of the file).
 
-    torch.load takes most flipped bits for data.
+    After the archive's checksums: torch.load takes most flipped bits for data.
     """
-    with zipfile.ZipFile(path) as archive:
+    content = Path(path).read_bytes()  # once: what is checked and hashed is what is loaded
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(damaged)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return loaded, hashlib.sha256(content).hexdigest()
 
 
 def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     """Read a checkpoint of `stage` (a key of STAGES; None: any); CRCs, format, stage are checked.
 
     weights_only: a stranger's file cannot run code. Every defect ends in one line that names
-    the file.
+    the file. Beside what was saved the dict has the file's `sha256`.
     """
     wanted = f"a checkpoint of {STAGES[stage] if stage else 'this project'}"
     try:
-        checkpoint = read(path)
+        checkpoint, digest = read(path)
     except FileNotFoundError:
         remedy = f"{STAGES[stage]} makes it" if stage else "give a checkpoint of any stage"
         fail(f"{path} does not exist: {remedy}")
@@ -986,7 +989,7 @@ def load_checkpoint(path, stage=None, remedy="copy or make it again"):
     if checkpoint["stage"] not in ([stage] if stage else STAGES):
         made_by = STAGES.get(checkpoint["stage"], checkpoint["stage"])
         fail(f"{path} was made by {made_by}, needed is {wanted}: {remedy}")
-    return checkpoint
+    return checkpoint | dict(sha256=digest)
 
 
 def make_checkpoint(stage, arch, model, args, identity, data, parents=None, history=()):
@@ -1016,30 +1019,6 @@ def load_state(target, state, path, remedy):
 def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def parent_path(recorded, beside):
-    """Where a parent recorded in the file `beside` is now: as recorded, else next to that file."""
-    moved = Path(beside).parent / Path(recorded).name
-    return str(moved) if not os.path.exists(recorded) and moved.exists() else str(recorded)
-
-
-def check_fits(data, checkpoint, who, path, remedy):
-    """End where the network in `path` is for other classes or channels than `data` have."""
-    arch = checkpoint["arch"]
-    if (arch["num_classes"], arch["in_channels"]) != (len(data.classes), data.shape[0]):
-        fail(f"the {who} in {path} is for {arch['num_classes']} classes and {arch['in_channels']} "
-             f"channels, {data.name} has {len(data.classes)} and {data.shape[0]}: {remedy}")
-    check_classes(data.classes, checkpoint["data"], who, path)
-
-
-def check_classes(classes, described, who, path):
-    """End where `described`, the `data` of a checkpoint, has other classes or another order."""
-    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
-    for i, (ours, theirs) in enumerate(zip(classes, known)):
-        if ours != theirs:
-            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: "
-                 "their labels mean different things")
 
 
 # --------------------------------------------------------------------------------- shared: runs
@@ -1122,22 +1101,6 @@ def earlier_run(args, stage, identity):
     raise SystemExit(0)
 
 
-def open_log(args):
-    """<out>.jsonl, locked for this run alone, in rank 0; None elsewhere."""
-    if rank() > 0:
-        return None
-    try:
-        log = open(f"{args.out}.jsonl", "ab", buffering=0)
-        if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"argument --out: another run is writing {args.out}: wait for it, or give another "
-             "name")
-    except OSError as error:
-        fail(f"argument --out: cannot write {args.out}.jsonl ({error.strerror})")
-    return log
-
-
 class TrainingRun:
     """What a training run leaves behind, and what it shows; rank 0 alone writes and prints.
 
@@ -1159,7 +1122,17 @@ class TrainingRun:
             fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} "
                  "training images")
         self.stage, self.args, self.data, self.parents = stage, args, data, parents
-        self.log = open_log(args)
+        self.log = None  # of rank 0
+        if rank() == 0:
+            try:
+                self.log = open(f"{args.out}.jsonl", "ab", buffering=0)
+                if fcntl:
+                    fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"argument --out: another run is writing {args.out}: wait for it, or give "
+                     "another name")
+            except OSError as error:
+                fail(f"argument --out: cannot write {args.out}.jsonl ({error.strerror})")
         self.identity = run_identity(args, stage, data, parents)
         self.earlier = earlier_run(args, stage, self.identity)
         self.history = self.earlier["metrics"]["history"] if self.earlier else []
@@ -1167,7 +1140,7 @@ class TrainingRun:
         self.pending = None  # (epochs, bytes): the state of a later one, not written yet
         self.began, self.writing = time.time(), 0.0  # seconds
         self.bar = Progress(
-            "{task.description}", BarColumn(16), TimeRemainingColumn(), "left", transient=True,
+            "{task.description}", BarColumn(5), TimeRemainingColumn(), "left", transient=True,
             disable=rank() > 0 or not sys.stdout.isatty())
         self.task = self.bar.add_task("", total=args.epochs, completed=self.epochs_before)
         self.bar_moved = 0.0
@@ -1287,6 +1260,8 @@ class TrainingRun:
 
     def kept(self):
         """Words for what the same command goes on from."""
+        if self.saved is None:
+            return f"{self.args.out} is finished"
         if not self.saved:
             return "no epoch is kept yet: the same command starts again"
         again = "the same command" + (" without --fresh" if self.args.fresh else "")
@@ -1300,6 +1275,8 @@ class TrainingRun:
             self.write_pending()  # <out> may not find room
             save_checkpoint(self.args.out, self.checkpoint(), remains=self.kept())
             Path(f"{self.args.out}.last").unlink(missing_ok=True)
+            self.saved = None  # all of it is in <out>
+        self.bar.stop()  # it would break a long line: nobody could copy the command
         guessing = math.log(len(self.data.classes))
         if last["test_loss"] > 10 * guessing:
             fail(f"{self.args.out} was written, but its test loss is {last['test_loss']:,.0f} "

@@ -32,7 +32,6 @@ from train_teacher import (
     Bottleneck,
     Parser,
     ResNet,
-    check_classes,
     check_writable,
     default_stem,
     earlier_run,
@@ -364,7 +363,8 @@ def load_teacher(path):
         notes.append(f"the format of {path} has no checksums: damage may go unseen")
     if others + unused:
         notes.append(f"no part of the ResNet in {path}, not used: {listed(others + unused)}")
-    return dict(model=weights, arch=arch, data=None, config={}, notes=notes)
+    return dict(model=weights, arch=arch, data=None, config={}, notes=notes,
+                sha256=sha256_file(path))
 
 
 def read_weights(path):
@@ -377,7 +377,7 @@ def read_weights(path):
     try:
         with warnings.catch_warnings(action="ignore"):  # about what it refuses in the next moment
             if zipfile.is_zipfile(path):
-                return read(path)
+                return read(path)[0]
             if head[8:] == b"{":  # the header's JSON, after its length
                 return read_safetensors(path)
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -482,6 +482,15 @@ def listed(names):
     return f"{', '.join(map(str, list(names)[:4]))} ({len(names)} in all)"
 
 
+def check_classes(classes, described, who, path):
+    """End where `described`, the `data` of a checkpoint, has other classes or another order."""
+    known = (described or {}).get("classes") or classes  # None: a bare state dict names none
+    for i, (ours, theirs) in enumerate(zip(classes, known)):
+        if ours != theirs:
+            fail(f"the {who} in {path} knows class {i} as {theirs!r}, the data set as {ours!r}: "
+                 "their labels mean different things")
+
+
 # ----------------------------------------------------------------------------------------- main
 CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names can wait for the download
 
@@ -507,7 +516,7 @@ def main(argv=None):
     num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
     # earlier result: one of the same command stands, another's is not overwritten
-    parents = dict(teacher=dict(path=args.src, sha256=sha256_file(args.src), bare=taught is None))
+    parents = dict(teacher=dict(path=args.src, sha256=teacher["sha256"], bare=taught is None))
     identity = run_identity(args, "init", parents=parents)
     identity["data"] = [num_classes, data["classes"], data["shape"]]  # all that counts here
     earlier_run(args, "init", identity)

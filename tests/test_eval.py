@@ -606,3 +606,10 @@ def test_a_network_for_other_data_than_its_teachers(tmp_path, monkeypatch, capsy
             stage4.main(["cifar.pt", *flags.split()])
         error = capsys.readouterr().err
         assert end.value.code == 2 and "train it first" in error and error.count("\n") == 1
+
+
+def test_a_column_of_words_and_numbers_is_one_of_numbers(capsys):
+    for first, second in (("ANN", 1), (1, "ANN")):
+        stage4.show("title", [{"run": "a", "T": first}, {"run": "b", "T": second}])
+        assert [line[-3:] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+            f"{first:>3}", f"{second:>3}"]

@@ -262,7 +262,7 @@ def test_a_signal_ends_a_run_with_one_line_that_says_what_is_kept(call):
     command = f"{TEACHER} --epochs 14 --out"
     nothing = "the same command starts again"
     for events, kept, words in [
-        ([("SIGINT", "optimizer", 1)], 0, nothing),
+        ([("SIGINT", "optimizer", 1)], 0, "nothing new is kept: give the same command again"),
         ([("SIGTERM", "step", 1)], 0, f"no epoch is kept yet: {nothing}"),
         ([("SIGTERM", "step", 3)], 1, "x.pt.last holds 1 epoch: the same command goes on"),
         # an epoch that was printed is kept, though it was not written
@@ -458,6 +458,21 @@ def test_a_screen_that_takes_nothing(folder, where):
     assert epochs_in("x.pt.last") == 1
 
 
+def test_a_pipe_that_closes_after_the_last_epoch(call, monkeypatch):
+    """The result is whole, and <out>.last, which the line would name, is gone."""
+    say = train_teacher.TrainingRun.say
+
+    def closed(run, text):
+        if "next:" in text:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        say(run, text)
+
+    monkeypatch.setattr(train_teacher.TrainingRun, "say", closed)
+    result = call("train_teacher", f"{TEACHER} --epochs 1 --out x.pt")
+    assert_refused(result, "Broken pipe", "x.pt is finished", code=1)
+    assert epochs_in("x.pt") == 1 and not Path("x.pt.last").exists()
+
+
 def test_a_full_disk_leaves_an_earlier_result_alone(call):
     before = Path("snn_init.pt").read_bytes()
     result = run("transfer_init", "--src r34.pt --T 3 --fresh", ("full disk", "serialise", 1))
@@ -559,6 +574,20 @@ def test_other_data_and_parents_are_refused_under_the_same_name(call, crash):
     shutil.copy("set/train/dog/2.png", "set/train/dog/1.png")
     result = call("train_teacher", f"{HALF} --out x.pt")
     assert_refused(result, "x.pt.last", "--dataset has other images or labels", "--fresh")
+
+
+def test_the_parent_recorded_is_the_file_that_was_read(call, monkeypatch):
+    """Another takes its place while the data are read, which may be minutes."""
+    before = hashlib.sha256(Path("snn_init.pt").read_bytes()).hexdigest()
+    load_data = train_idsnn.load_data
+
+    def slow(*args):
+        shutil.copy("r34.pt", "snn_init.pt")
+        return load_data(*args)
+
+    monkeypatch.setattr(train_idsnn, "load_data", slow)
+    call("train_idsnn", f"{STUDENT} --epochs 1 --out x.pt")
+    assert load_checkpoint("x.pt")["provenance"]["parents"]["init"]["sha256"] == before
 
 
 # ------------------------------------------------------------------------------- editing is welcome
