@@ -380,7 +380,7 @@ def show(title, rows, *notes):
     print(title)
     for line in lines:
         cells = [f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths)]
-        print(" ".join(cells).rstrip())
+        print("  ".join(cells).rstrip())
     print(*notes, "", sep="\n")
 
 
