@@ -770,7 +770,10 @@ def fail(message, code=2, every=False):
 
 
 def run_script(main):
-    """The entry point of a script: whatever ends it says so in one line."""
+    """The entry point of a script: whatever ends it says so in one line.
+
+    A training run notes on what ends it what is kept.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
@@ -779,21 +782,22 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt as error:
-        kept = getattr(error, "__notes__", ["nothing new is kept: give the same command again"])[-1]
+        kept = getattr(error, "__notes__", ["nothing new is kept: give the same command again"])
         if rank() == 0:
-            print(f"interrupted; {kept}", file=sys.stderr, flush=True)
+            print("interrupted", *kept, sep="; ", file=sys.stderr, flush=True)
         os._exit(130)  # at once: no other process and no GPU is waited for
     except OSError as error:  # screen or log: a full disk, a pipe that nobody reads any more
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at its end
-        kept = getattr(error, "__notes__", ["no file was harmed"])[-1]
-        fail(f"cannot write what the run says ({error.strerror}); {kept}", 1)
+        what = f"cannot write what the run says ({error.strerror})"
+        fail("; ".join([what, *getattr(error, "__notes__", [])]), 1)
     except RuntimeError as error:  # want of memory; on CPUs it has no class of its own
         if "allocate" not in str(error):
             raise
-        what = f"rank {rank()} is out of memory ({str(error).splitlines()[0][:120]})"
-        fail(f"{what}: lower --batch-size, --width or --T", 1, every=True)
+        what = f"rank {rank()} is out of memory ({str(error).splitlines()[0][:120]}): " \
+               "lower --batch-size, --width or --T"
+        fail("; ".join([what, *getattr(error, "__notes__", [])]), 1, every=True)
     finally:  # a finished result and an error end here too
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1294,7 +1298,7 @@ class TrainingRun:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.SIG_IGN)
         self.bar.stop()
-        if error is not None:  # interrupted, out of memory, not finite
+        if self.log and error is not None:  # interrupted, out of memory, not finite
             self.write_pending()
             error.add_note(self.kept())
         if self.log:

@@ -480,6 +480,32 @@ def test_a_full_disk_leaves_an_earlier_result_alone(call):
     assert Path("snn_init.pt").read_bytes() == before and not list(Path(".").glob("*.tmp"))
 
 
+# ------------------------------------------------------------------------------------ out of memory
+def test_memory_that_runs_out_keeps_the_epochs_before(call, monkeypatch):
+    def no_room(args, epoch):
+        if epoch > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return 0.01
+
+    monkeypatch.setattr(train_teacher, "learning_rate", no_room)
+    result = call("train_teacher", f"{TEACHER} --epochs 3 --out x.pt")
+    assert_refused(result, "out of memory", "--batch-size", "x.pt.last holds 1 epoch", code=1)
+
+
+def test_memory_that_runs_out_on_one_process_of_many(monkeypatch, capsys):
+    """It alone knows, so it says so, whatever its rank."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        train_teacher.run_script(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "rank 3 is out of memory" in error and error.count("\n") == 1
+
+
 # --------------------------------------------------------------------------- the same command again
 @pytest.mark.parametrize("script,command,out", [
     ("train_teacher", f"{TEACHER} --epochs 1", "r34.pt"),
