@@ -354,7 +354,7 @@ def load_teacher(path):
         arch, unused = resnet_arch(weights)
     except OSError:
         return load_checkpoint(path, "teacher")  # which says why it cannot be read
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: a dict that holds itself
         fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
              f"torchvision's names: {error}")
     # nothing is passed over in silence
@@ -430,7 +430,7 @@ def find_resnet(content):
 
 def flatten(content, path=""):
     """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, torch.Tensor) and content.layout == torch.strided:  # not sparse
         yield path, content
     elif isinstance(content, dict):
         for key, value in content.items():
@@ -449,9 +449,12 @@ def resnet_arch(weights):
     depth = 2 + len([name for name in weights if conv.fullmatch(name)])
     if depth not in DEPTHS:
         raise ValueError(f"it has {depth} layers, not {', '.join(map(str, DEPTHS))}")
-    # stem and classifier are as wide as their tensors; a missing stem is found below
-    width, channels, *kernel = weights.get("conv1.weight", torch.empty(1, 1)).shape
-    classes = len(weights.get("fc.bias", []))
+    # stem and classifier are as wide as their tensors
+    kernels = weights.get("conv1.weight", torch.empty(0))
+    if kernels.dim() != 4 or kernels.numel() == 0:
+        raise ValueError("it has no conv1.weight of four dimensions")
+    width, channels, *kernel = kernels.shape
+    classes = weights["fc.bias"].numel() if "fc.bias" in weights else 0
     stem = "3x3" if kernel == [3, 3] else "7x7"
 
     # what it should hold, name by name: shapes without memory

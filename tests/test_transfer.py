@@ -805,3 +805,25 @@ def test_torchvisions_weights_and_resnext(script, refused):
                                         groups=2, width_per_group=32)
     torch.save(resnext.state_dict(), "resnext.pth")
     refused("--src resnext.pth --depth 50 --out x.pt", "conv2.weight", "64x32x3x3", "ResNeXt")
+
+
+def holding_itself():
+    content = {}
+    content["model"] = content
+    return content
+
+
+@pytest.mark.parametrize("change", [
+    {"fc.bias": torch.tensor(1.0)}, {"conv1.weight": torch.tensor(1.0)},
+    {"conv1.weight": torch.zeros(2)}, {"conv1.weight": torch.zeros(0, 3, 3, 3)},
+    {"conv1.weight": torch.zeros(2, 0, 3, 3)}, {"bn1.weight": torch.ones(2).to_sparse()},
+    holding_itself()])
+def test_tensors_of_odd_shapes_cost_one_line(change, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({**ResNet(18, num_classes=10, width=2).state_dict(), **change}, "odd.pth")
+    with pytest.raises(SystemExit) as end:
+        transfer_init.main("--src odd.pth --dataset cifar10".split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "odd.pth" in error
+    assert "unpack" not in error  # words of Python's that help nobody
+    assert not (tmp_path / "snn_init.pt").exists()
