@@ -58,7 +58,7 @@ from train_teacher import (
     fail,
     load_checkpoint,
     load_data,
-    load_state,
+    load_network,
     number,
     read_image,
     run_script,
@@ -562,8 +562,7 @@ def main(argv=None):
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path)
         kind = ResNet if checkpoint["stage"] == "teacher" else SpikingResNet
-        model = kind(**checkpoint["arch"])
-        load_state(model, checkpoint["model"], path, "make it again")
+        model = load_network(kind, checkpoint, path, "make it again")
         run = describe(path, checkpoint)
         if args.T and run["T"]:
             model.neuron.T = args.T[-1]  # the run of the most steps holds the others

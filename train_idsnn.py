@@ -34,6 +34,7 @@ from train_teacher import (
     learning_rate,
     load_checkpoint,
     load_data,
+    load_network,
     load_state,
     memory_format,
     number,
@@ -182,8 +183,7 @@ def load_teacher(args, init, data):
         fail(f"{path} has changed since {args.init} was made from it: run transfer_init.py again, "
              f"or say --teacher {path}")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
-    teacher = ResNet(**checkpoint["arch"])
-    load_state(teacher, checkpoint["model"], path, "train it again, or say --no-kd")
+    teacher = load_network(ResNet, checkpoint, path, "train it again, or say --no-kd")
     return teacher, dict(path=path, sha256=checkpoint["sha256"])
 
 

@@ -1020,6 +1020,16 @@ def load_state(target, state, path, remedy):
         fail(f"{path} does not fit the network as it is now ({why}): {remedy}")
 
 
+def load_network(kind, checkpoint, path, remedy):
+    """The network in `checkpoint`, of class `kind`; ends where that was edited since."""
+    try:
+        network = kind(**checkpoint["arch"])
+    except (TypeError, KeyError) as error:
+        fail(f"{path} does not fit the network as it is now ({error}): {remedy}")
+    load_state(network, checkpoint["model"], path, remedy)
+    return network
+
+
 def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

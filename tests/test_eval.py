@@ -613,3 +613,16 @@ def test_a_column_of_words_and_numbers_is_one_of_numbers(capsys):
         stage4.show("title", [{"run": "a", "T": first}, {"run": "b", "T": second}])
         assert [line[-3:] for line in capsys.readouterr().out.splitlines()[2:4]] == [
             f"{first:>3}", f"{second:>3}"]
+
+
+def test_a_network_edited_since_costs_one_line(trained, monkeypatch, capsys):
+    """Its constructor lacks an argument that the file names, or asks for another."""
+    monkeypatch.chdir(trained)
+    checkpoint = torch.load("base.pt", weights_only=True)
+    for arch in (checkpoint["arch"] | dict(heads=2), checkpoint["arch"] | dict(depth=19)):
+        torch.save(checkpoint | dict(arch=arch), "edited.pt")
+        with pytest.raises(SystemExit) as end:
+            stage4.main(["edited.pt", "--device", "cpu"])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "edited.pt does not fit" in error
+        assert error.count("\n") == 1
