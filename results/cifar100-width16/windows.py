@@ -31,12 +31,14 @@ def record(shares, name, bn, inputs, arguments, spikes):
     if arguments.get("static"):
         current = current.repeat(n.T, 1, 1, 1)             # (B, C, H, W) -> (T*B, C, H, W)
     current = sum(residual, current)
-    u, f, potentials = 0.0, 0.0, []
-    for x, fired in zip(current.chunk(n.T), spikes.chunk(n.T)):  # (B, C, H, W) each
-        u, f = n.decay * u * (1 - f) + x, fired
-        potentials.append(u)
-    inside = (torch.cat(potentials) - n.v_th).abs() < n.lens
-    shares[name] = [100 * share.float().mean().item() for share in (spikes, inside)]
+    u, f, distances = 0.0, 0.0, []                         # to the threshold
+    for x in current.chunk(n.T):                           # (B, C, H, W)
+        u = n.decay * u * (1 - f) + x
+        f = (u > n.v_th).to(u.dtype)
+        distances.append(u - n.v_th)
+    distance = torch.stack(distances)
+    shares[name] = [
+        100 * share.float().mean().item() for share in (distance > 0, distance.abs() < n.lens)]
 
 
 @torch.no_grad()
