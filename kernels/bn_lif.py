@@ -454,6 +454,7 @@ def _new_gradients(g, x, need_dresidual):
 @torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
 def _statistics(x: Tensor) -> Tensor:
     """Parts (4, P, C) of the statistics of x."""
+    refuse_forward_mode("bn_lif")
     parts = _new_parts(x, len(x), 4)
     _launch(_statistics_kernel, x, len(x), _rows(x), parts, programs=REDUCING)
     return parts
@@ -478,6 +479,7 @@ def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: T
     For the derivative are weight and bias, which the vectors hold already, training (False: the
     statistics are constants) and the process group's name and size.
     """
+    refuse_forward_mode("bn_lif")
     spikes, bits = _new_outputs(x, T, save)
     if residual is not None:
         residual = _rows(residual)
@@ -490,6 +492,7 @@ def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: T
 def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
             lens: float) -> Tensor:
     """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
+    refuse_forward_mode("bn_lif")
     parts = _new_parts(x, len(g), 2)
     _launch(_reduce_kernel, x, len(g), _rows(g), bits, _rows(x), vectors, parts, decay,
             1 / (2 * lens), programs=REDUCING, TX=len(x))
@@ -546,9 +549,6 @@ def _autograd(ctx, g, _):
 
 
 _bn_lif.register_autograd(_autograd, setup_context=_setup)
-
-for _op in (_statistics, _vectors, _bn_lif, _reduce, _backward):
-    refuse_forward_mode(_op)
 
 
 # ---------------------------------------------------------------------------- what users call

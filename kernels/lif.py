@@ -329,11 +329,24 @@ def _launch(kernel, planes, x, *args):
 
 Tensor = torch.Tensor
 
+NO_FORWARD_MODE = ("{} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use "
+                   "torch.func.vjp or jacrev, or lif_reference with torch.autograd.functional.jvp")
+
+
+def refuse_forward_mode(name):
+    """Raise under jvp and dual numbers: an operator's answer to them would be zeros, in silence.
+
+    Called by the operators' own bodies, which see no tangents, only that somebody takes them.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(NO_FORWARD_MODE.format(name))
+
 
 @torch.library.custom_op("idsnn::lif", mutates_args=())
 def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, save: bool,
          impl: str) -> tuple[Tensor, Tensor]:
     """Spikes, and the bits, empty unless `save`; detach_reset concerns the derivative alone."""
+    refuse_forward_mode("lif")
     spikes, bits = _lif_outputs(x, save)
     X, F = flat(x, spikes), flat(spikes, spikes)
     B = flat(bits, spikes) if save else None
@@ -348,6 +361,7 @@ def _lif(x: Tensor, decay: float, v_th: float, lens: float, detach_reset: bool, 
 def _lif_backward(g: Tensor, saved: Tensor, decay: float, v_th: float, lens: float,
                   detach_reset: bool, impl: str) -> Tensor:
     """dX from g and what was saved: the bits or, for the plain derivative, x."""
+    refuse_forward_mode("lif")
     dx = planes_like(saved, len(g), g.dtype)
     G, S, D = (flat(t, dx) for t in (g, saved, dx))
     inv = 1 / (2 * lens)
@@ -403,34 +417,6 @@ def _backward(ctx, g, _):
 
 _lif.register_autograd(_backward, setup_context=_save)
 
-NO_FORWARD_MODE = ("{} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use "
-                   "torch.func.vjp or jacrev, or lif_reference with torch.autograd.functional.jvp")
-_library = torch.library.Library("idsnn", "FRAGMENT")
-
-
-def refuse_forward_mode(op):
-    """Raise where an operator gets a tangent, which its autograd formula drops: zeros, in silence.
-
-    ADInplaceOrView is the last dispatch key at which a tangent can still be seen.
-    """
-    overload, functorch, forward_ad = op._opoverload, torch._C._functorch, torch.autograd.forward_ad
-
-    def has_tangent(arg):
-        transform = functorch.peek_interpreter_stack()  # None outside of torch.func
-        if transform is not None and transform.key() == functorch.TransformType.Jvp:
-            return functorch.is_gradtrackingtensor(arg)
-        return forward_ad.unpack_dual(arg).tangent is not None
-
-    def kernel(keyset, *args):
-        active = forward_ad._current_level >= 0
-        if active and any(isinstance(arg, Tensor) and has_tangent(arg) for arg in args):
-            name = "bn_lif" if "bn_lif" in overload._opname else "lif"
-            raise NotImplementedError(NO_FORWARD_MODE.format(name))
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-
-    _library.impl(overload._opname, kernel, "ADInplaceOrView", with_keyset=True)
-
 
 def over_batches(function):
     """The vmap rule of a function of (T, ...) tensors: the batch goes behind T, as more neurons."""
@@ -453,7 +439,6 @@ def over_batches(function):
 
 for _op in (_lif, _lif_backward):
     _op.register_vmap(over_batches(_op))
-    refuse_forward_mode(_op)
 
 
 class _Gradient(torch.autograd.Function):
