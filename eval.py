@@ -15,30 +15,23 @@ Conventions of the energy estimate, per image, batch norms folded into the convo
   - a layer that reads analogue values needs its MACs. Under direct coding the first layer reads the
     same image at every step: counted once;
   - the classifier reads a mean over pixels. The mean is linear, so every spike in it adds one row
-    of the classifier: K accumulates for K classes. (Non-zero means times K would be fewer
-    operations, and those would be multiplications.)
+    of the classifier: K accumulates for K classes;
   - 0.9 pJ per accumulate, 4.6 pJ per MAC: 45 nm, 32-bit floats (Horowitz, ISSCC 2014). Neurons,
     residual adds, pooling, biases and memory cost nothing here.
 The same network as an ANN, with ReLU for spikes, needs every layer's MACs once.
 
-From top to bottom: the flags, the counter of operations, the pass over the test set, predictions,
-the comparison, the files, the figure, NIR, main().
+From top to bottom: flags, operations, evaluation, predictions, comparison, figure, NIR, main().
 """
 import copy
-import csv
-import importlib.util
-import io
 import json
 import math
 import os
 import sys
-from collections import defaultdict
 from functools import cache, partial
-from operator import itemgetter
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# threads that spin endlessly make a busy machine ten times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -54,89 +47,73 @@ from train_teacher import (
     Images,
     Parser,
     ResNet,
-    check_writable,
     fail,
     load_checkpoint,
     load_data,
-    load_network,
+    memory_format,
     number,
+    output,
     read_image,
     run_script,
     setup,
-    write_file,
+    world_size,
 )
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
 
 PJ_PER_AC, PJ_PER_MAC = 0.9, 4.6  # picojoules: see above
+# of a figure's lines, which everybody can tell apart (Okabe and Ito 2008)
+COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#F0E442"
 NIR_DT = 1e-4  # seconds: the step that snnTorch assumes when it reads NIR
 
 
 # ------------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = Parser(description="Stage 4: evaluate checkpoints and compare them.")
-    # what to evaluate, and how far
-    p.add_argument("checkpoints", nargs="*", metavar="FILE",
-                   help="checkpoints of any stage (default: idsnn.pt)")
-    p.add_argument("--T", type=time_steps, metavar="T,T,...",
-                   help="time-steps after which to report (default: 1, 2, ... to the trained T)")
-    # on what, and how
-    p.add_argument("--dataset",
-                   help="cifar10, cifar100, digits, or a folder (default: as in training)")
-    p.add_argument("--data-dir", help="where downloads are kept (default: as in training)")
-    p.add_argument("--batch-size", type=number(int, 1, 1 << 20), default=500,
-                   help="images per pass")
-    p.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
-                   help="of the arithmetic; auto: bf16 where the device multiplies it")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                   help="auto: the GPU if there is one")
-    # in place of the pass over the test set
-    instead = p.add_mutually_exclusive_group()
-    instead.add_argument("--recorded", action="store_true",
-                         help="only show what training recorded")
-    instead.add_argument("--predict", nargs="+", metavar="IMAGE",
-                         help="classify these image files")
-    instead.add_argument("--export", nargs=2, metavar=("nir", "FILE"),
-                         help="write the network as a NIR graph")
-    # what to write of it
-    p.add_argument("--json", metavar="FILE", help="everything, for scripts")
-    p.add_argument("--csv", metavar="FILE", help="the comparison, a row per checkpoint")
-    p.add_argument("--plot", metavar="FILE.png",
-                   help="curves over epochs, accuracy over T, firing rates by layer")
+    p = Parser("Stage 4: evaluate checkpoints and compare them.")
+    add = p.add_argument
+    add("checkpoints", nargs="*", type=os.path.expanduser, metavar="FILE",
+        help="checkpoints of any stage (default: idsnn.pt)")
+    add("--T", type=time_steps, metavar="T,T,...",
+        help="time-steps after which to report (default: 1, 2, ... as trained)")
+    add("--dataset", type=os.path.expanduser,
+        help="cifar10, cifar100, digits, or a folder (default: as in training)")
+    add("--data-dir", type=os.path.expanduser,
+        help="where downloads are kept (default: as in training)")
+    add("--batch-size", type=number(int, 1), default=250, help="images per pass")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
+        help="of the arithmetic; auto: bf16 where the device multiplies it")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
+    # what to make of it
+    add("--json", type=output, metavar="FILE", help="write everything, for scripts")
+    add("--plot", type=output, metavar="FILE.png", help="draw curves over epochs, T and layers")
+    add("--predict", nargs="+", type=os.path.expanduser, metavar="IMAGE",
+        help="classify image files instead")
+    add("--export", nargs=2, type=nir_or_output, metavar=("nir", "FILE"),
+        help="write the network of one checkpoint as a NIR graph instead")
     p.set_defaults(deterministic=False)  # a flag of the training stages that setup() reads
     args = p.parse_args(argv)
-    args.checkpoints = args.checkpoints or ["idsnn.pt"]  # --help would print brackets
+    args.checkpoints = args.checkpoints or ["idsnn.pt"]
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    # what would fail after the pass over the test set fails here
+    if world_size() > 1:
         fail("runs as one process: call it without torchrun")
-    alone = len(args.checkpoints) == 1 and not (args.json or args.csv or args.plot)
-    if args.export and not (args.export[0] == "nir" and alone):
-        fail("argument --export: takes the word nir, a file to write, and one checkpoint; "
-             "nothing else is written")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        fail(f"argument --plot: {args.plot}: must end in .png, .pdf or .svg")
-    for flag, package in (("plot", "matplotlib"), ("export", "nir")):
-        if getattr(args, flag) and not importlib.util.find_spec(package):
-            fail(f"argument --{flag}: needs the package {package}: pip install {package}")
-
-    # can every output be written? asked now, not after the pass over the test set
-    outputs = dict(json=args.json, csv=args.csv, plot=args.plot)
-    if args.export:
-        outputs["export"] = args.export[1]
-    # compared by where they are, however they are spelt
-    taken = {os.path.realpath(path) for path in args.checkpoints + (args.predict or [])}
-    for flag, path in outputs.items():
-        if path:
-            check_writable(flag, path)
-            if os.path.realpath(path) in taken:  # of an input, or of another output
-                fail(f"argument --{flag}: {path} is in use by this command: give another file")
-            taken.add(os.path.realpath(path))
+    if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
+        fail("argument --export: takes the word nir, a file to write, and one checkpoint")
+    if args.plot:
+        os.environ["MPLBACKEND"] = "agg"  # files alone; a notebook leaves its own backend there
+        import matplotlib  # noqa: F401  a missing package shows now, not after the pass
+        if Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+            fail(f"argument --plot: {args.plot} must end in .png, .pdf or .svg")
     return args
+
+
+def nir_or_output(text):
+    """An argparse type: the word nir, or a path at which a file can be written."""
+    return text if text == "nir" else output(text)
 
 
 def time_steps(text):
     """An argparse type: "1,2,4" -> [1, 2, 4]."""
-    one = number(int, 1, 32)
-    return sorted({one(T) for T in text.split(",")})
+    return sorted(set(map(number(int, 1, 32), text.split(","))))
 
 
 # ------------------------------------------------------------------------------ operations, energy
@@ -164,7 +141,8 @@ class OperationCounter:
     def count_convolution(self, name, conv, inputs, output):
         macs = output[0].numel() * conv.weight[0].numel()
         # of one input: the mean, since padding cuts some off at the edge
-        self.add(name, inputs[0], macs, connections=macs / inputs[0][0].numel())
+        x, = inputs
+        self.add(name, x, macs, connections=macs / x[0].numel())
 
     def count_classifier(self, fc, layer4, inputs, spikes):
         self.add("fc", spikes, fc.weight.numel(), connections=fc.out_features)
@@ -174,27 +152,23 @@ class OperationCounter:
         # whole numbers: exact in fp32 for an image, in fp64 for a test set
         spikes = x.flatten(1).sum(1, dtype=torch.float32)   # (steps*B, ...) -> (steps*B,)
         spikes = spikes.double().view(steps, -1).sum(1)     # -> (steps,)
-        sizes = dict(macs=macs, connections=connections)
-        layer = self.layers.setdefault(name, dict(sizes, spikes=0, analogue=False))
+        new = dict(macs=macs, connections=connections, spikes=0, analogue=False)
+        layer = self.layers.setdefault(name, new)
         layer["spikes"] += spikes
         layer["analogue"] |= (x != x.round()).any()
 
     def read(self):
-        """A dict per layer, in order of execution, for one image.
-
-        acs, macs: operations in each step. dense_macs: of one pass with ReLU.
-        """
+        """A dict per layer, for one image: acs and macs a step, dense_macs a pass with ReLU."""
         rows = []
         for name, layer in self.layers.items():
-            row = dict(name=name, acs=[], macs=[], dense_macs=layer["macs"])
+            acs, macs = [], []
             if len(layer["spikes"]) < self.T:  # the same at every step: once
-                row["macs"] = [layer["macs"]]
+                macs = [layer["macs"]]
             elif layer["analogue"]:
-                row["macs"] = [layer["macs"]] * self.T
+                macs = [layer["macs"]] * self.T
             else:
-                acs = layer["spikes"] * layer["connections"] / self.images
-                row["acs"] = acs.tolist()
-            rows.append(row)
+                acs = (layer["spikes"] * layer["connections"] / self.images).tolist()
+            rows.append(dict(name=name, acs=acs, macs=macs, dense_macs=layer["macs"]))
         return rows
 
 
@@ -209,14 +183,14 @@ def energy(layers, T):
 
 # -------------------------------------------------------------------------------------- evaluation
 def describe(path, checkpoint):
-    """What a checkpoint says of itself: the part of a result that needs no pass over the data."""
+    """What a checkpoint says of itself: all that needs no pass over the data."""
     arch, config, stage = checkpoint["arch"], checkpoint["config"], checkpoint["stage"]
     # the network: depth/width, and what is not the default: "ResNet-34/64", "SNN-18/64 sew"
-    kind = "ResNet" if stage == "teacher" else "SNN"
-    words = [f"{kind}-{arch['depth']}/{arch['width']}"]
+    network = "ResNet" if stage == "teacher" else "SNN"
+    network += f"-{arch['depth']}/{arch['width']}"
     for choice in (arch.get("block"), arch.get("encoder")):
         if choice in ("sew", "poisson"):
-            words.append(choice)
+            network += f" {choice}"
     # parts of the paper's method
     parts = []
     if not config.get("no_init"):
@@ -225,23 +199,16 @@ def describe(path, checkpoint):
         parts.append("KD")
     method = "ANN" if stage == "teacher" else "+".join(parts) or "baseline"
     # a network that was never trained may know its classes and image size alone, or nothing
-    data = checkpoint["data"] or {}
     return dict(
-        file=path,
-        name=Path(path).stem,
-        dataset=Path(config["dataset"]).name,
-        network=" ".join(words),
-        method=method,
-        T=arch.get("T"),                           # None: a teacher
-        history=checkpoint["metrics"]["history"],  # a dict an epoch
-        arch=arch, config=config, data=data, provenance=checkpoint["provenance"])
+        file=path, name=Path(path).stem, network=network, method=method,
+        T=arch.get("T"),                # None: a teacher
+        history=checkpoint["history"],  # a dict an epoch
+        arch=arch, config=config, data=checkpoint["data"] or {}, parents=checkpoint["parents"])
 
 
 def scores_over_time(run, model, data, start, stop):
-    """Images start..stop of the test set -> class scores (T, B, K) in the parameters' precision.
-
-    T is 1 for a teacher.
-    """
+    """Images start..stop of the test set -> class scores (T, B, K), T = 1 of a teacher, in the
+    parameters' precision."""
     x = data.test_x[start:stop].permute(0, 3, 1, 2)  # uint8 (B, H, W, C) -> (B, C, H, W)
     if run["T"]:
         # Poisson noise by an image's place in the set, not in a batch; the seed of training's
@@ -256,16 +223,11 @@ def scores_over_time(run, model, data, start, stop):
 
 @torch.no_grad()
 def evaluate_over_time(run, model, data, steps, batch_size):
-    """One pass over the test set -> what it shows after each number of time-steps in `steps`.
-
-    The neuron is causal, so a run of the most steps holds all shorter ones: the answer after t
-    steps is the mean of the first t class scores.
-    """
-    N, K = len(data.test_y), len(data.classes)
-    device = data.test_y.device
-    # sums over images
-    sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=device)  # correct, loss
-    correct_by_class = torch.zeros(K, device=device)
+    """One pass over the test set -> what it shows after each number of time-steps in `steps`: the
+    neuron is causal, so the answer after t steps is the mean of the first t class scores."""
+    N = len(data.test_y)
+    # correct, loss: sums over images
+    sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=data.test_y.device)
     operations, firing = OperationCounter(model, steps[-1]), FiringRates(model)
     for start in track(range(0, N, batch_size), run["file"], transient=True,
                        disable=not sys.stdout.isatty()):
@@ -273,19 +235,16 @@ def evaluate_over_time(run, model, data, steps, batch_size):
         scores = scores_over_time(run, model, data, start, start + batch_size)
         for i, t in enumerate(steps):
             answer = scores[:t].mean(0).double()  # (T, B, K) -> (B, K)
-            correct = answer.argmax(1) == y       # (B,)
+            correct = (answer.argmax(1) == y).sum()
             loss = F.cross_entropy(answer, y, reduction="sum")
-            sums[i] += torch.stack([correct.sum(), loss])
-        correct_by_class += torch.bincount(y[correct], minlength=K)  # after the last step
+            sums[i] += torch.stack([correct, loss])
 
     layers = operations.read()
     rows = []
     for t, (accuracy, loss) in zip(steps, (sums / N).tolist()):
         row = dict(T=t, accuracy=100 * accuracy, loss=loss)
         rows.append(row | energy(layers, t))
-    by_class = 100 * correct_by_class / torch.bincount(data.test_y, minlength=K)
-    return dict(evaluated_on=data.describe(), steps=rows, firing=firing.read(), layers=layers,
-                class_accuracy=dict(zip(data.classes, by_class.tolist())))
+    return dict(evaluated_on=data.describe(), steps=rows, firing=firing.read(N), layers=layers)
 
 
 # -------------------------------------------------------------------------------------- predictions
@@ -295,14 +254,16 @@ def read_images(paths, described):
     C, H, W = described["shape"]
     pixels = []
     for path in paths:
-        try:  # Pillow knows grey without a channel: (H, W, 1) -> (H, W)
-            picture = Image.fromarray(read_image(path).squeeze())
+        try:
+            image = read_image(path)
         except ValueError as error:
             fail(f"argument --predict: {error}")
+        # Pillow knows grey without a channel: (H, W, 1) -> (H, W)
+        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
         picture = picture.convert("L" if C == 1 else "RGB").resize((W, H))
         pixels.append(torch.from_numpy(np.array(picture)).view(H, W, C))
-    x = torch.stack(pixels)                        # uint8 (N, H, W, C)
-    y = torch.zeros(len(x), dtype=torch.int64)     # not known
+    x = torch.stack(pixels)                     # uint8 (N, H, W, C)
+    y = torch.zeros(len(x), dtype=torch.int64)  # not known
     return Images("--predict", described["classes"], x, y, x, y)
 
 
@@ -319,144 +280,80 @@ def predict(run, model, data, paths, steps):
     return rows
 
 
-# --------------------------------------------------------------------------------- tables and files
+# ------------------------------------------------------------------------------ comparison, tables
 def compare(runs):
-    """One row per run: its setting, its accuracy in %, its convergence.
-
-    The reference is the best run with neither initialisation nor distillation, of the same network
-    and data set. to_base: the first epoch with at least the best accuracy of the reference; sooner:
-    the epoch at which the reference had that, over to_base (the paper's Table 4: 192 / 14).
-    """
-    def setting(run):  # the same network on the same pixels and labels, wherever they lie
-        return run["network"], run["data"].get("sha256")
-
-    accuracy = itemgetter("test_acc")  # of an epoch
-    baselines = defaultdict(list)      # every epoch of them, by setting
-    for run in runs:
-        if run["method"] == "baseline":
-            baselines[setting(run)] += run["history"]
-
+    """One row per run. to_base: the first epoch with at least the best accuracy of all runs here
+    with neither initialisation nor distillation, of the same network and data (Table 4)."""
     rows = []
     for run in runs:
-        history, reference = run["history"], baselines[setting(run)]
-        row = dict(run=run["name"], data=run["dataset"], network=run["network"],
-                   method=run["method"], T=run["T"], epochs=len(history))
-        row |= dict.fromkeys(("last", "best", "at", "to_base", "sooner"))  # not known yet
-        if history:
-            best = max(history, key=accuracy)
-            row |= dict(last=accuracy(history[-1]), best=accuracy(best), at=best["epoch"])
-        if reference:
-            base = max(reference, key=accuracy)
-            reached = [e["epoch"] for e in history if accuracy(e) >= accuracy(base)]
-            if reached:  # not every run gets there
-                row |= dict(to_base=reached[0], sooner=base["epoch"] / reached[0])
+        curve = [epoch["test_acc"] for epoch in run["history"]]
+        setting = run["network"], run["data"].get("sha256"), "baseline"
+        base = [epoch["test_acc"] for other in runs for epoch in other["history"]
+                if (other["network"], other["data"].get("sha256"), other["method"]) == setting]
+        reached = [i + 1 for i, accuracy in enumerate(curve) if base and accuracy >= max(base)]
+        row = {"run": run["name"], "network": run["network"], "method": run["method"],
+               "T": run["T"], "epochs": len(curve)}
+        row |= dict.fromkeys(["last %", "best %", "at", "to_base"])  # not known yet
+        if curve:
+            best = max(curve)
+            row |= {"last %": curve[-1], "best %": best, "at": 1 + curve.index(best)}
+        if reached:
+            row["to_base"] = reached[0]
         rows.append(row)
     return rows
 
 
-def measured(run):
-    """What the test set showed of a run, in the screen's units: a row per number of time-steps."""
-    return [{"run": run["name"], "T": step["T"] if run["T"] else "ANN",
-             "accuracy": step["accuracy"], "loss": step["loss"],
-             "10^6 AC": step["acs"] / 1e6, "10^6 MAC": step["macs"] / 1e6,
-             "uJ/image": step["joules"] * 1e6, "uJ as ANN": step["ann_joules"] * 1e6}
-            for step in run["steps"]]
-
-
-def show(title, rows, *notes):
-    """Dicts of one layout as a table, as wide as it has to be, and lines below it."""
+def show(title, rows):
+    """Dicts of one layout as a table, as wide as it has to be."""
     def text(value):
-        if value is None or value != value:  # not known; NaN is not itself
-            return "-"
         if isinstance(value, float):  # two decimals, or three digits that count
             return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
-        return str(value)
+        return "-" if value is None else str(value)
 
     lines = [list(rows[0])]  # the names of the columns
     lines += [[text(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    # words to the left, numbers to the right
-    align = ["<" if all(isinstance(row[name], str) for row in rows) else ">" for name in rows[0]]
     print(title)
     for line in lines:
-        cells = [f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths)]
-        print("  ".join(cells).rstrip())
-    print(*notes, "", sep="\n")
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)))
+    print()
 
 
-def write_json(path, args, runs, rows):
-    content = dict(torch=str(torch.__version__), batch_size=args.batch_size,
-                   pj_per_ac=PJ_PER_AC, pj_per_mac=PJ_PER_MAC, runs=runs, comparison=rows)
-    # JSON has no NaN: null
-    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write_file(path, json.dumps(finite, indent=1).encode())
-
-
-def write_csv(path, runs, rows):
-    """The comparison, and the accuracy after each number of time-steps."""
-    lines = [row | {f"T={step['T']}": step["accuracy"] for step in run.get("steps", [])}
-             for row, run in zip(rows, runs)]
-    text = io.StringIO(newline="")
-    # runs may differ in their time-steps: every column that any of them has
-    table = csv.DictWriter(text, dict.fromkeys(name for line in lines for name in line))
-    table.writeheader()
-    table.writerows(lines)
-    write_file(path, text.getvalue().encode())
-
-
+# ------------------------------------------------------------------------------------------ figure
 def plot(path, runs):
     """Accuracy and loss over epochs (Figure 5); below, accuracy over T and firing rates."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    style.use("tableau-colorblind10")  # its colours, C0 to C9, can be told apart by everybody
-    # over epochs a row for each data set; below, if there was a pass, a row over time-steps
-    datasets = list(dict.fromkeys(run["dataset"] for run in runs if run["history"]))
-    rows = len(datasets) + any("steps" in run for run in runs)
-    if not rows:
-        fail("argument --plot: nothing to draw: no run here was trained or evaluated")
-    figure = Figure((8.3, 3.2 * rows + 0.6), layout="constrained")  # inches: the width of a page
-    axes = figure.subplots(rows, 2, squeeze=False)
-
-    legend = []  # each run once, for all of its curves
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 2, figsize=(8.3, 7), layout="constrained")  # a page's width
+    (accuracy, loss), (over_T, firing) = axes
+    accuracy.set(title="test accuracy, % (thin: training)", xlabel="epoch")
+    loss.set(title="cross-entropy (thin: training)", xlabel="epoch")
+    over_T.set(title="test accuracy, %", xlabel="time-steps")
+    firing.set(title="firing rate, % of the neurons per step", xlabel="spiking layer")
+    # up to a little more than chance has: one wild epoch does not flatten the others
+    classes = max(run["arch"]["num_classes"] for run in runs)
+    loss.set_ylim(0, 1.2 * math.log(classes))
     for i, run in enumerate(runs):
-        thick = dict(color=f"C{i}", marker=".")
-        thin = dict(color=f"C{i}", linewidth=0.5)
-        label = f"{run['name']}: {run['network']} {run['method']}"
-        legend.append(Line2D([], [], label=label, **thick))
-        if run["history"]:
-            name = run["dataset"]
-            accuracy, loss = axes[datasets.index(name)]
-            accuracy.set(title=f"{name}: accuracy, % (thin: training)", xlabel="epoch")
-            loss.set(title=f"{name}: cross-entropy (thin: training)", xlabel="epoch")
-            # up to a little more than chance has: one wild epoch does not flatten the others
-            loss.set_ylim(0, 1.2 * math.log(run["arch"]["num_classes"]))
-            # a student's `loss` holds the distillation too
-            train_loss = "ce" if run["T"] else "loss"
-            for axis, key, line in [
-                    (accuracy, "test_acc", thick), (accuracy, "train_acc", thin),
-                    (loss, "test_loss", thick), (loss, train_loss, thin)]:
-                # a column that an older file lacks is a gap
-                values = [epoch.get(key, math.nan) for epoch in run["history"]]
-                axis.plot(range(1, 1 + len(values)), values, **line)
-        if "steps" in run:
-            accuracy, firing = axes[-1]
-            accuracy.set(title="test accuracy, %", xlabel="time-steps")
-            firing.set(title="firing rate, % of the neurons per step", xlabel="spiking layer")
-            T = [step["T"] for step in run["steps"]]
-            accuracy.plot(T, [step["accuracy"] for step in run["steps"]], **thick)
-            firing.plot([100 * rate for rate in run["firing"].values()], **thick)
-
+        color = COLORS[i % len(COLORS)]
+        thick = dict(color=color, marker=".", label=f"{run['name']}: {run['method']}")
+        thin = dict(color=color, linewidth=0.5)
+        # a student's `loss` holds the distillation too
+        train_loss = "ce" if run["T"] else "loss"
+        for axis, key, line in [
+                (accuracy, "test_acc", thick), (accuracy, "train_acc", thin),
+                (loss, "test_loss", thick), (loss, train_loss, thin)]:
+            values = [epoch[key] for epoch in run["history"]]
+            axis.plot(range(1, 1 + len(values)), values, **line)
+        over_T.plot([step["T"] for step in run["steps"]],
+                    [step["accuracy"] for step in run["steps"]], **thick)
+        firing.plot([100 * rate for rate in run["firing"].values()], **thick)
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True)  # no half epochs or layers
         axis.grid(alpha=0.3)
-    figure.legend(handles=legend, loc="outside lower center", ncols=2)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:], dpi=200)
-    write_file(path, content.getvalue())
+    figure.legend(*over_T.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=200)
 
 
-# ---------------------------------------------------------------------------------------------- NIR
+# --------------------------------------------------------------------------------------------- NIR
 @torch.no_grad()
 def to_nir(model, shape):
     """The network as a NIR graph for inputs of `shape` (C, H, W), batch norms folded.
@@ -466,8 +363,11 @@ def to_nir(model, shape):
     r = 1 / (1 - decay), v <- decay * v + I, eq. 2.
     """
     import nir
+    for module in model.modules():
+        if isinstance(module, BatchNormLIF):
+            check_neuron(module)
     if not isinstance(model.maxpool, nn.Identity):
-        fail("argument --export: NIR has no max-pool, which follows a 7x7 stem")
+        fail("--export: NIR has no max-pool, which follows a 7x7 stem")
     # without dots: readers make modules of PyTorch of the nodes
     names = {module: name.replace(".", "_") for name, module in model.named_modules()}
     nodes, edges = {"input": nir.Input(np.array(shape))}, []
@@ -519,40 +419,40 @@ def to_nir(model, shape):
     # mean over pixels, and classifier
     C, H, W = nodes[x[0]].output_type["output"]
     size = np.array([H, W])  # of the one window, and of its stride
-    node = nir.AvgPool2d(size, size, padding=np.array([0, 0]))
-    x = add("avgpool", node, x)
+    x = add("avgpool", nir.AvgPool2d(size, size, padding=np.array([0, 0])), x)
     # counted from the end, so that it leaves a reader's batch dimension alone
-    node = nir.Flatten(np.array([C, 1, 1]), start_dim=-3)
-    x = add("flatten", node, x)
-    node = nir.Affine(model.fc.weight.numpy(), model.fc.bias.numpy())
-    x = add("fc", node, x)
-    add("output", nir.Output(np.array([model.fc.out_features])), x)
+    means = np.array([C, 1, 1])
+    x = add("flatten", nir.Flatten(means, start_dim=-3), x)
+    weight, bias = model.fc.weight.numpy(), model.fc.bias.numpy()
+    x = add("fc", nir.Affine(weight, bias), x)
+    add("output", nir.Output(np.array(bias.shape)), x)
 
     # a layer that somebody added would be lost in silence
     for module, name in names.items():
         weighs = isinstance(module, (nn.Conv2d, nn.Linear, BatchNormLIF))
         if weighs and name not in nodes:
-            fail(f"argument --export: {name} is no part of the ResNet that this exports")
+            fail(f"--export: {name} is no part of the ResNet that this exports")
     notes = dict(dt=NIR_DT, T=model.neuron.T, encoder=model.encoder, answer="mean of output over T")
     return nir.NIRGraph(nodes, edges, metadata=notes)
 
 
-def export_nir(path, model, shape):
-    """Write the NIR graph; say what NIR leaves open, and which readers refuse the file."""
-    import nir
-    content, neuron = io.BytesIO(), model.neuron
-    nir.write(content, to_nir(model, shape))
-    write_file(path, content.getvalue())
-    feed = "the normalised image" if model.encoder == "direct" else "Poisson spikes"
-    print(f"{path}: feed {feed} at each of {neuron.T} forward Euler steps of {NIR_DT:g} s;\n"
-          "the answer is the mean of `output` over them")
-    if neuron.decay == 0:
-        print("SpikingJelly refuses decay 0")
-    if neuron.decay == 1:
-        print("snnTorch refuses decay 1")
+def check_neuron(bn):
+    """End where the neuron was edited: NIR's LIF is that of eq. 2 to 4 alone."""
+    neuron, std = bn.neuron, bn.running_var.sqrt()
+    # currents of twice the usual spread, for an image of 16x16 pixels
+    x = torch.randn(neuron.T, 16, 16, bn.num_features, dtype=std.dtype)
+    x = (bn.running_mean + 2 * std * x).permute(0, 3, 1, 2)  # (T, H, W, C) -> (T, C, H, W)
+    currents = nn.BatchNorm2d.forward(bn, x)
+    u = spikes = wrong = 0
+    for current, ours in zip(currents, bn(x)):
+        u = u * neuron.decay * (1 - spikes) + current
+        spikes = (u > neuron.v_th).to(x.dtype)
+        wrong += (spikes != ours).sum()
+    if wrong > 1e-3 * x.numel():  # fewer are a matter of rounding
+        fail("--export: the neuron was edited, and NIR knows that of eq. 2 to 4 alone")
 
 
-# --------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     device, dtype, autocast, _ = setup(args)
@@ -560,45 +460,43 @@ def main(argv=None):
     # checkpoints of any stage, and the networks in them
     runs, models = [], []
     for path in args.checkpoints:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, "teacher", "init", "idsnn")
         kind = ResNet if checkpoint["stage"] == "teacher" else SpikingResNet
-        model = load_network(kind, checkpoint, path, "make it again")
+        model = kind(**checkpoint["arch"])
+        model.load_state_dict(checkpoint["model"])
         run = describe(path, checkpoint)
         if args.T and run["T"]:
             model.neuron.T = args.T[-1]  # the run of the most steps holds the others
         if (args.predict or args.export) and "mean" not in run["data"]:
-            fail(f"{path} was not trained on the data that it is meant for, whose mean and "
-                 "deviation it records: train it first")
-        models.append(model.to(device, dtype).eval())
+            fail(f"{path} does not record the mean and deviation of its data: train it first")
+        layout = memory_format(device, run["arch"]["width"])
+        models.append(model.to(device, dtype, memory_format=layout).eval())
         runs.append(run)
-    # of a teacher among others --T is not asked
-    if (args.T or args.export) and not any(run["T"] for run in runs):
-        flag = "--T" if args.T else "--export"
-        fail(f"argument {flag}: {path} is a teacher, a network without time-steps")
+    if args.export and not run["T"]:
+        fail(f"{path} is a teacher, a network without time-steps")
 
     # --export: there is nothing to evaluate
     if args.export:
-        export_nir(args.export[1], models[0].cpu(), runs[0]["data"]["shape"])
+        import nir
+        nir.write(args.export[1], to_nir(model.cpu(), run["data"]["shape"]))
+        print(f"{args.export[1]}: feed the image ({model.encoder} encoding) at each of "
+              f"{model.neuron.T} forward Euler steps of {NIR_DT:g} s;\n"
+              "the answer is the mean of `output` over them")
         return
 
-    # data, all of them before the first pass: the user's images, or test sets
+    # one pass each, over the user's images, or a test set
     load_once = cache(load_data)  # runs may share a data set
-    sets = []
-    for run in runs:
+    for run, model in zip(runs, models):
         if args.predict:
-            sets.append(read_images(args.predict, run["data"]))
-        elif not args.recorded:
+            images = read_images(args.predict, run["data"])
+        else:
             folder = args.data_dir or run["config"].get("data_dir", "data")
             images = load_once(args.dataset or run["config"]["dataset"], folder)
             check_fits(images, run, "network", run["file"], "give its own with --dataset")
-            sets.append(images)
-
-    # one pass each
-    for run, model, images in zip(runs, models, sets):
         images = copy.copy(images)  # runs share the pixels, not how they are normalised
         if "mean" in run["data"]:
             images.mean, images.std = run["data"]["mean"], run["data"]["std"]
-        images.to(device, dtype)
+        images.to(device, dtype, memory_format(device, run["arch"]["width"]))
         steps = [1]  # of a teacher
         if run["T"]:
             steps = args.T or list(range(1, run["T"] + 1))
@@ -612,10 +510,12 @@ def main(argv=None):
     # files before the screen: nothing there can lose them
     rows = compare(runs)
     if args.json:
-        write_json(args.json, args, runs, rows)
-    if args.csv:
-        write_csv(args.csv, runs, rows)
-    if args.plot:
+        content = dict(torch=str(torch.__version__), pj_per_ac=PJ_PER_AC, pj_per_mac=PJ_PER_MAC,
+                       runs=runs, comparison=rows)
+        # JSON has no NaN: null
+        finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        Path(args.json).write_text(json.dumps(finite, indent=1))
+    if args.plot and not args.predict:
         plot(args.plot, runs)
 
     # the screen: predictions, or how the runs compare
@@ -624,28 +524,18 @@ def main(argv=None):
             C, H, W = run["data"]["shape"]
             show(f"{run['file']}, images resized to {W}x{H} pixels", run["predictions"])
         return
-    notes = []
-    if any(row["to_base"] for row in rows):
-        notes = ["to_base: the first epoch that reaches the best of all baselines here",
-                 "sooner: the epoch at which that baseline had it, over to_base"]
-    show("training recorded", rows, *notes)
-    if args.recorded:  # there was no pass
-        return
-    show(f"on the test set ({device}, {args.precision})",
-         [row for run in runs for row in measured(run)],
-         f"energy: {PJ_PER_AC} pJ per accumulate (AC), {PJ_PER_MAC} per MAC: see eval.py")
+    show("training recorded; to_base: epochs to the best of a baseline here", rows)
+    show(f"on the test set ({device}, {args.precision})", [
+        {"run": run["name"], "T": step["T"] if run["T"] else "ANN",
+         "test %": step["accuracy"], "loss": step["loss"],
+         "10^6 AC": step["acs"] / 1e6, "10^6 MAC": step["macs"] / 1e6,
+         "uJ/image": step["joules"] * 1e6, "uJ as ANN": step["ann_joules"] * 1e6}
+        for run in runs for step in run["steps"]])
 
-    # of one run alone there is room for its layers and classes
-    if len(runs) == 1:
-        firing, by_class = run["firing"], run["class_accuracy"]
-        if firing:  # a teacher has no spikes
-            show(f"firing rates over {steps[-1]} time-steps",
-                 [{"layer": name, "%": 100 * rate} for name, rate in firing.items()])
-        worst = sorted(by_class, key=by_class.get)[:3]
-        show("worst classes", [{"class": k, "accuracy": by_class[k]} for k in worst])
-    for run in runs:
-        if run["data"].get("sha256") not in (None, run["evaluated_on"]["sha256"]):
-            print(f"note: {run['name']} was trained beside other images ({run['data']['name']})")
+    # of one run alone there is room for its layers
+    if len(runs) == 1 and run["firing"]:  # a teacher has no spikes
+        show(f"firing rates over {steps[-1]} time-steps",
+             [{"layer": name, "%": 100 * rate} for name, rate in run["firing"].items()])
 
 
 if __name__ == "__main__":

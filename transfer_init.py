@@ -4,23 +4,20 @@
     python transfer_init.py --src r34.pt --block sew --T 6         # SEW blocks, six time-steps
     python transfer_init.py --src resnet34.pth --dataset cifar10   # torchvision's or timm's weights
 
-From top to bottom: the neuron, the flags, the spiking network, the transfer, the files that the
-teacher's weights may come in, main().
+Below: the neuron, the flags, the spiking network, the transfer, weights from elsewhere, main().
 """
 import argparse
-import json
+import hashlib
 import math
 import os
 import re
 import shlex
-import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # endless spinning makes a busy machine ten times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# threads that spin endlessly make a busy machine ten times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from torch import nn
@@ -32,19 +29,15 @@ from train_teacher import (
     Bottleneck,
     Parser,
     ResNet,
-    check_writable,
-    default_stem,
-    earlier_run,
     fail,
     load_checkpoint,
     load_data,
-    make_checkpoint,
     number,
+    output,
     read,
-    run_identity,
     run_script,
     save_checkpoint,
-    sha256_file,
+    world_size,
 )
 
 
@@ -62,70 +55,61 @@ class Neuron:
     detach_reset: bool = True   # their reset has no gradient
 
 
-# ---------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
     """(arguments, teacher), whose file decides some of the defaults, which --help shows."""
-    # the teacher, and the student's network
-    p = Parser(description="Stage 2: initialise a Spiking ResNet from a trained ResNet.")
-    p.add_argument("--src", help="the teacher: a checkpoint of train_teacher.py, or a ResNet's "
-                                 "weights under torchvision's names, of torch.save or safetensors")
-    p.add_argument("--depth", type=number(int, 18, 152), default=18, choices=DEPTHS,
-                   help="layers of the Spiking ResNet")
-    p.add_argument("--width", type=number(int, 1, 4096),
-                   help="channels of its first stage; not given: the teacher's")
-    p.add_argument("--block", default="basic", choices=["basic", "sew"],
-                   help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
+    p = Parser("Stage 2: initialise a Spiking ResNet from a trained ResNet.")
+    add = p.add_argument
+    add("--src", type=os.path.expanduser,
+        help="the teacher: a checkpoint of train_teacher.py, or a ResNet's weights under "
+             "torchvision's names (torch.save, safetensors)")
+    add("--depth", type=int, default=18, choices=DEPTHS, help="layers of the Spiking ResNet")
+    add("--width", type=number(int, 1), help="channels of its first stage")
+    add("--block", default="basic", choices=["basic", "sew"],
+        help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
     # what is transferred, and from where (paper, section 3.2.2)
-    p.add_argument("--block-map", default="spread", choices=["spread", "first"],
-                   help="the teacher's block for block j of a stage: at its relative position (the "
-                        "paper's text), or block min(j, n-1) (the authors' code)")
-    p.add_argument("--shortcut", default="transfer", choices=["transfer", "fresh"],
-                   help="downsampling shortcuts: transferred, or fresh as in the authors' code")
-    p.add_argument("--classifier", default="fresh", choices=["fresh", "transfer"],
-                   help="fully connected layer: fresh, as in the paper, or the teacher's")
+    add("--block-map", default="spread", choices=["spread", "first"],
+        help="teacher's block for block j: at its relative position, or min(j, n-1) as theirs")
+    add("--shortcut", default="transfer", choices=["transfer", "fresh"],
+        help="downsampling shortcuts; fresh: as in the authors' code")
+    add("--classifier", default="fresh", choices=["fresh", "transfer"],
+        help="fully connected layer; fresh: as in the paper")
     # the student's input and its neurons
-    p.add_argument("--encoder", default="direct", choices=["direct", "poisson"],
-                   help="the image as current at every step, or spikes of probability pixel/255 "
-                        "(Algorithm 1)")
-    p.add_argument("--stem", default="auto", choices=["auto", "3x3", "7x7"],
-                   help="first convolution; auto: the teacher's, or by the image size of --dataset")
+    add("--encoder", default="direct", choices=["direct", "poisson"],
+        help="the image as current at every step, or spikes of probability pixel/255 (Algorithm 1)")
+    add("--stem", default="auto", choices=["auto", "3x3", "7x7"],
+        help="first convolution; auto: the teacher's, or by the image size of --dataset")
     add_neuron_flags(p)
     # the data and the result
-    p.add_argument("--dataset",
-                   help="what the network is meant for: cifar10, cifar100, digits, or a folder of "
-                        "images; not given: the teacher's")
-    p.add_argument("--data-dir", default="data", help="where downloads and decoded images are kept")
-    p.add_argument("--seed", type=number(int, 0, 99999), default=0, help="of whatever stays fresh")
-    p.add_argument("--out", default="snn_init.pt", help="checkpoint to write")
-    p.add_argument("--fresh", action="store_true", help="write --out anew, whatever stands there")
+    add("--dataset", type=os.path.expanduser, help="cifar10, cifar100, digits, or a folder")
+    add("--data-dir", type=os.path.expanduser, default="data", help="where downloads are kept")
+    add("--seed", type=number(int, 0), default=0, help="of whatever stays fresh")
+    add("--out", type=output, default="snn_init.pt", help="checkpoint to write, anew each time")
 
-    # the neuron's defaults stand above; width and data are the teacher's, if its file names any
-    p.set_defaults(**asdict(Neuron()))
-    first, _ = p.parse_known_args(argv)
-    teacher = None
-    if first.src and (os.path.isfile(first.src) or not first.help):
-        teacher = load_teacher(first.src)
+    # width and data are by default the teacher's, if its file names any; it decides, so read it
+    p.set_defaults(width=Path("the teacher's"), dataset=Path("the teacher's"), **asdict(Neuron()))
+    src = p.first_pass(argv).src
+    if src:
+        teacher = load_teacher(src)
         dataset = teacher["config"].get("dataset", "cifar100")
         p.set_defaults(width=teacher["arch"]["width"], dataset=dataset)
     args = p.parse_args(argv)
-    if not args.src:
+    if not src:
         fail("argument --src: is required: the teacher's file")
-    check_writable("out", args.out)
     return args, teacher
 
 
 def add_neuron_flags(p):
     """The flags of `Neuron`, for this stage and the next; their defaults are the caller's."""
     # a window of width 0 has no gradient, and at threshold 0 batch norm would start at 0
-    positive = number(float, 0, 1e3, above=True)
+    positive = number(float, 1e-6)
     p.add_argument("--T", type=number(int, 1, 32), help="time-steps")
-    p.add_argument("--decay", type=number(float, 0, 1),
-                   help="share of the potential that a step keeps, exp(-1/tau) of eq. 2")
+    p.add_argument("--decay", type=number(float, 0, 1), help="what a step keeps, eq. 2")
     p.add_argument("--v-th", type=positive, help="firing threshold, eq. 3")
-    p.add_argument("--lens", type=positive,
-                   help="half-width of the surrogate's window around it, eq. 4")
+    p.add_argument("--lens", type=positive, help="half-width of the surrogate's window, eq. 4")
     p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction,
-                   help="no gradient through the reset, as in the authors' code")
+                   help="no gradient through the reset, as in the authors' code; with one, an "
+                        "ablation, every step of every layer is launched on its own")
 
 
 # ------------------------------------------------------------------------------ spiking network
@@ -135,7 +119,6 @@ class BatchNormLIF(BatchNorm2d):
     Here the neuron can be changed, and here firing rates are observed (a hook on the output).
     x and residual: (T*B, C, H, W), T outermost -> spikes of that shape, 0 or 1. static=True: x is
     (B, C, H, W), the same current at every step (the stem under direct coding), normalised once.
-    Every call starts at potential 0: there is no state to reset.
     """
 
     def __init__(self, channels, neuron):
@@ -149,13 +132,12 @@ class BatchNormLIF(BatchNorm2d):
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
             residual = residual.unflatten(0, (n.T, -1))  # likewise
-        if self.training:
-            self.num_batches_tracked += 1
+        momentum = self.count_batch() if self.training else 0.0
         spikes = bn_lif(
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
-            training=self.training, momentum=self.momentum, T=n.T if static else None, eps=self.eps,
-            decay=n.decay, v_th=n.v_th, lens=n.lens, detach_reset=n.detach_reset,
-            group=self.group)
+            training=self.training, momentum=momentum, eps=self.eps, group=self.group,
+            T=n.T if static else None, decay=n.decay, v_th=n.v_th, lens=n.lens,
+            detach_reset=n.detach_reset)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 
@@ -172,8 +154,7 @@ class SEWBottleneck(Bottleneck):
     """The same of ResNet-50 and deeper."""
 
     def forward(self, x):
-        spikes = self.bn1(self.conv1(x))
-        spikes = self.bn2(self.conv2(spikes))
+        spikes = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return self.bn3(self.conv3(spikes)) + self.downsample(x)
 
 
@@ -183,18 +164,14 @@ SEW = {BasicBlock: SEWBasicBlock, Bottleneck: SEWBottleneck}
 class SpikingResNet(ResNet):
     """The teacher's ResNet with LIF neurons for ReLU, under the same names (paper, section 3.2.1).
 
-    depth, num_classes, in_channels, width, stem: as in `ResNet`. block: "basic" or "sew". encoder:
-    "direct" or "poisson". The rest: `Neuron`.
-
-    Fresh, it is the authors' baseline: PyTorch's own default for convolutions (their code sets
-    none; the teacher has Kaiming's), batch-norm weights equal to v_th (tdBN). Whatever no transfer
-    reaches stays so.
+    depth to stem: as in `ResNet`. block: "basic" or "sew". encoder: "direct" or "poisson". The
+    rest: `Neuron`. Fresh, it is the authors' baseline: PyTorch's own default for convolutions
+    (their code sets none), batch-norm weights equal to v_th (tdBN).
     """
 
     def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3",
-                 block="basic", encoder="direct", T=Neuron.T, decay=Neuron.decay,
-                 v_th=Neuron.v_th, lens=Neuron.lens, detach_reset=Neuron.detach_reset):
-        neuron = Neuron(T, decay, v_th, lens, detach_reset)
+                 block="basic", encoder="direct", **neuron):
+        neuron = Neuron(**neuron)
         # the neuron stands wherever the teacher has its ReLU
         lif = partial(BatchNormLIF, neuron=neuron)
         kind = dict(norm_act=lif)
@@ -207,17 +184,17 @@ class SpikingResNet(ResNet):
         # the convolutions keep what nn.Conv2d gave them
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
-                nn.init.constant_(m.weight, v_th)
+                nn.init.constant_(m.weight, neuron.v_th)
 
     def forward(self, x):
         """Analogue images (B, C, H, W), the same at every step, or spikes (T, B, C, H, W)
-        -> class scores (T, B, K).
-
-        The network's answer is their mean over T; `scores[:t].mean(0)` is what it would have said
-        after t steps.
-        """
+        -> class scores (T, B, K). `scores[:t].mean(0)` is the answer after t steps."""
         # of the same current at every step the stem needs one convolution, not T
         static = x.dim() == 4
+        if static and self.encoder == "poisson":
+            raise ValueError("images (B, C, H, W): give spikes (T, B, C, H, W), by encode()")
+        if not static and len(x) != self.neuron.T:
+            raise ValueError(f"input of {len(x)} time-steps, where neuron.T is {self.neuron.T}")
         if not static:
             x = x.flatten(0, 1)                        # (T, B, C, H, W) -> (T*B, C, H, W)
         x = self.bn1(self.conv1(x), static=static)     # -> (T*B, width, H, W)
@@ -228,8 +205,8 @@ class SpikingResNet(ResNet):
         """Pixels, uint8 (B, C, H, W) -> the network's input: normalised by `data` (B, C, H, W), or
         Poisson spikes (T, B, C, H, W) of probability pixel/255, before normalisation (Algorithm 1).
 
-        index: (B,) int64 on x's device, which images of the data set these are. A spike depends on
-        (seed, image, step, pixel) alone: not on the batch, T, the process or the device.
+        index: (B,) int64, which images of the data set these are. A spike depends on (seed, image,
+        step, pixel) alone: not on the batch, T, the process or the device.
         """
         # the first layer's neurons make spikes of the image itself
         if self.encoder == "direct":
@@ -242,8 +219,7 @@ class SpikingResNet(ResNet):
 def noise(seed, index, T, shape):
     """Integers uniform on 0 to 254, so that P(pixel > noise) = pixel/255: int64 (T, B, *shape).
 
-    Each image has a stream of splitmix64 (Steele, Lea, Flood 2014), of which step and pixel are
-    the counter: nothing is drawn in any order.
+    Each image has a stream of splitmix64 (Steele, Lea, Flood 2014); step and pixel are its counter.
     """
     # hashed twice, so that neither images nor seeds next to each other share a stream
     stream = mix(mix(index) + seed).view(-1, 1, 1, 1)            # (B, 1, 1, 1)
@@ -283,20 +259,16 @@ def source_block(j, m, n, block_map):
 def transfer(student, source, block_map="spread", shortcut="transfer", classifier="fresh"):
     """Fill `student` in place from `source`, a ResNet's state dict (paper, sections 3.2.2, 3.3.2).
 
-    Fresh stay the classifier and, with shortcut="fresh", the downsampling shortcuts; the stem where
-    the two have kernels of other sizes.
-
     Returns one row a layer of the student: (name, the source's layer or "", "copied", "looped from
-    -> to" or "fresh"). Raises ValueError, before anything is copied, if what should be copied is
-    missing or has other kernels.
+    -> to" or "fresh"). Raises where a layer is missing or has other kernels.
     """
     target = student.state_dict()
     fresh = [] if classifier == "transfer" else ["fc."]
-    if stem_kernels(source) != stem_kernels(target):  # 3x3 and 7x7 have no common index
-        fresh += ["conv1.", "bn1."]
+    if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
+        fresh += ["conv1.", "bn1."]  # 3x3 and 7x7 have no common index
 
     # where every tensor comes from
-    copies, rows = [], {}  # rows: of the table, by layer
+    rows = {}  # of the table, by layer
     for name, tensor in target.items():
         layer = name.rpartition(".")[0]
         if name.startswith(tuple(fresh)) or (shortcut == "fresh" and ".downsample." in name):
@@ -308,181 +280,91 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         if name.startswith("layer"):  # the block of the same stage that fills it (Figure 2b)
             stage, j, rest = name.split(".", 2)
             m, n = num_blocks(target, stage), num_blocks(source, stage)
-            k = source_block(int(j), m, n, block_map)
-            origin = f"{stage}.{k}.{rest}"
-        value = source.get(origin)
-        if value is None or value.dim() != tensor.dim() or value.shape[2:] != tensor.shape[2:]:
-            raise ValueError(f"its {origin} is {size(value)}, which cannot fill the student's "
-                             f"{name}, {size(tensor)}")
-        copies.append((tensor, value))
-        how = "copied"
-        if value.shape != tensor.shape:
-            how = f"looped {size(value)} -> {size(tensor)}"
+            origin = f"{stage}.{source_block(int(j), m, n, block_map)}.{rest}"
+        value = source[origin]
+        if value.shape[2:] != tensor.shape[2:]:  # copy_ would spread a 1x1 kernel over a 3x3 one
+            raise ValueError(f"{origin} is {size(value)}, {name} {size(tensor)}")
+        # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
+        tensor.copy_(loop(value, tensor.shape))
+        same = value.shape == tensor.shape
+        how = "copied" if same else f"looped {size(value)} -> {size(tensor)}"
         # a layer's first tensor, its weight, speaks for the layer
         rows.setdefault(layer, (origin.rpartition(".")[0], how))
-
-    # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
-    for tensor, value in copies:
-        tensor.copy_(loop(value, tensor.shape))
     return [(layer, *row) for layer, row in rows.items()]
 
 
-def stem_kernels(weights):
-    """Height and width of the kernels before the first stage."""
-    return [v.shape[2:] for name, v in weights.items() if name.startswith("conv1.")]
-
-
 def num_blocks(weights, stage):
-    return len({name.split(".")[1] for name in weights if name.startswith(f"{stage}.")})
+    return len({name.split(".")[1] for name in weights if name.startswith(stage)})
 
 
 def size(tensor):
-    # as in a message: "64x3x7x7"
-    return "missing" if tensor is None else "x".join(map(str, tensor.shape))
+    return "x".join(map(str, tensor.shape))  # "64x3x7x7"
 
 
-# ---------------------------------------------------------------------------- files of a teacher
+# ------------------------------------------------------------------------- weights from elsewhere
 def load_teacher(path):
-    """A checkpoint of train_teacher.py, or weights from elsewhere in the same form: `model` and
-    `arch` as read off them, `data` None, `config` empty, and `notes` for the user."""
+    """A checkpoint of train_teacher.py, or a ResNet's weights from elsewhere in the same form:
+    `model` and `arch` as read off them, `data` None, `config` empty."""
+    content, sha256 = read_safetensors(path) if path.endswith(".safetensors") else read(path)
+    if isinstance(content, dict) and "stage" in content:
+        return load_checkpoint(path, "teacher")
+
+    # as {"state_dict": {"module.conv1.weight": ...}}: one prefix is before all names of a network
+    tensors, mark = dict(flatten(content)), "layer1.0.conv1.weight"
+    found = [name for name in tensors if name.endswith(mark)]
+    if len(found) != 1:  # of MoCo's two encoders or timm's averages only the user knows which
+        fail(f"{path} holds {len(found)} ResNets under torchvision's names ({listed(found)}) and "
+             f"{len(tensors)} tensors ({listed(tensors)}): save the state_dict() of one")
+    prefix = found[0].removesuffix(mark)
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    # a ResNet's number counts its first convolution, those of its blocks, and the classifier
+    depth = 2 + len([k for k in weights if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", k)])
+    stem = weights.get("conv1.weight", torch.empty(0)).shape
+    if depth not in DEPTHS or len(stem) != 4 or 0 in stem:
+        fail(f"{path} is a network of {depth} layers, whose first kernels are {tuple(stem)}")
+
+    # a network without memory takes them, and tells what does not fit
     try:
-        content = read_weights(path)
-        # our own format is checked where it is defined
-        if isinstance(content, dict) and {"format", "stage"} <= content.keys():
-            return load_checkpoint(path, "teacher")
-        weights, others = find_resnet(content)
-        arch, unused = resnet_arch(weights)
-    except OSError:
-        return load_checkpoint(path, "teacher")  # which says why it cannot be read
-    except (ValueError, RecursionError) as error:  # the latter: a dict that holds itself
-        fail(f"{path} is not a checkpoint of train_teacher.py, nor the weights of a ResNet under "
-             f"torchvision's names: {error}")
-    # nothing is passed over in silence
-    notes = []
-    if not zipfile.is_zipfile(path):
-        notes.append(f"the format of {path} has no checksums: damage may go unseen")
-    if others + unused:
-        notes.append(f"no part of the ResNet in {path}, not used: {listed(others + unused)}")
-    return dict(model=weights, arch=arch, data=None, config={}, notes=notes,
-                sha256=sha256_file(path))
-
-
-def read_weights(path):
-    """The content of a file of torch.save, from before PyTorch 1.6 too, or of safetensors.
-
-    Code in a file is never run. Raises ValueError that says what the file is instead.
-    """
-    with open(path, "rb") as f:
-        head = f.read(9)  # they say what a file is; its name may say anything
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about what it refuses in the next moment
-            if zipfile.is_zipfile(path):
-                return read(path)[0]
-            if head[8:] == b"{":  # the header's JSON, after its length
-                return read_safetensors(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, json and the unpickler raise a dozen kinds
-        # what the unpickler refuses is an object, as torch.save(network) writes
-        refused = re.search(r"GLOBAL \S+", str(error))
-        reason = refused[0] if refused else repr(error)[:100]
-        raise ValueError(f"it begins with {head[:8]!r} and is truncated, damaged or holds more "
-                         f"than the tensors of a state_dict() ({reason})") from None
+        classes = len(weights.get("fc.weight", ()))  # 0: the head of another task, or none
+        arch = dict(depth=depth, num_classes=classes, in_channels=stem[1], width=stem[0],
+                    stem="3x3" if stem[2] == 3 else "7x7")
+        with torch.device("meta"):
+            net = ResNet(**arch | dict(num_classes=max(classes, 1)))
+        missing, extra = net.load_state_dict(weights, strict=False, assign=True)
+        # old PyTorch kept no counter; squeeze-and-excitation would change what the network computes
+        wrong = [k for k in missing if not k.endswith("num_batches_tracked") and k[:3] != "fc."]
+        wrong += [k for k in extra if k.startswith(("conv", "bn", "layer"))]
+        wrong += [k for k, v in weights.items() if not v.isfinite().all()]
+        wrong += [k for k, v in weights.items() if k.endswith("running_var") and v.min() < 0]
+    except Exception as error:  # other shapes, as a ResNeXt's; sparse or quantised tensors
+        fail(f"{path} is no ResNet-{depth}: {' '.join(str(error).split())[:300]}")
+    if wrong:
+        fail(f"{path} is no ResNet-{depth}: missing, too many or not finite: {listed(wrong)}")
+    return dict(model=weights, arch=arch, data=None, config={}, sha256=sha256)
 
 
 def read_safetensors(path):
-    """{name: tensor}: the header's length (uint64), the header (JSON), the tensors' bytes."""
-    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-                  I64=torch.int64)  # the last for num_batches_tracked
-    raw = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        # bytes counted from the header's end, little-endian, in C order
-        first, last = entry["data_offsets"]
-        flat = torch.frombuffer(raw[start + first:start + last], dtype=dtypes[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])  # raises where bytes are missing
-    return tensors
-
-
-def find_resnet(content):
-    """(state dict, names of the tensors beside it) of the one ResNet in `content`, however nested
-    (`state_dict`, `model`) and prefixed (`module.`, an encoder's name).
-
-    Raises ValueError, saying what there is, if there is none or more than one.
-    """
-    tensors = dict(flatten(content))
-    # whatever stands before a name that each ResNet has once stands before all of its names
-    mark = re.compile(r"(|.*[./])layer1\.0\.conv1\.weight")
-    prefixes = [found[1] for found in map(mark.fullmatch, tensors) if found]
-    if not prefixes:
-        raise ValueError(f"the {type(content).__name__} in it has no layer1.0.conv1.weight; "
-                         f"its tensors are: {listed(tensors)}")
-    # MoCo's two encoders, timm's averaged weights: which one is meant, only the user knows
-    if len(prefixes) > 1:
-        raise ValueError(f"it holds {len(prefixes)} networks, {listed(prefixes)}: save one alone")
-    prefix = prefixes[0]
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items()
-               if name.startswith(prefix)}
-    return weights, [name for name in tensors if not name.startswith(prefix)]
+    """({name: tensor}, the file's sha256), by a package that users of such files have."""
+    try:
+        from safetensors.torch import load
+        content = Path(path).read_bytes()
+        return load(content), hashlib.sha256(content).hexdigest()
+    except Exception as error:  # the package has its own kinds; it may be missing too
+        fail(f"{path} cannot be read by the package safetensors: {error}")
 
 
 def flatten(content, path=""):
     """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
-    if isinstance(content, torch.Tensor) and content.layout == torch.strided:  # not sparse
+    if isinstance(content, torch.Tensor):
         yield path, content
     elif isinstance(content, dict):
         for key, value in content.items():
             yield from flatten(value, f"{path}/{key}".lstrip("/"))
 
 
-def resnet_arch(weights):
-    """(arguments of the `ResNet` whose state dict this is, names of what is no part of it).
-
-    Read off names and shapes; num_classes is 0 without a classifier. Raises ValueError where it is
-    another network (a tensor too many, too few, or as ResNeXt's kernels of another shape), and
-    where a value is not finite.
-    """
-    # a ResNet's number counts its first convolution, those of its blocks, and the classifier
-    conv = re.compile(r"layer\d\.\d+\.conv\d\.weight")
-    depth = 2 + len([name for name in weights if conv.fullmatch(name)])
-    if depth not in DEPTHS:
-        raise ValueError(f"it has {depth} layers, not {', '.join(map(str, DEPTHS))}")
-    # stem and classifier are as wide as their tensors
-    kernels = weights.get("conv1.weight", torch.empty(0))
-    if kernels.dim() != 4 or kernels.numel() == 0:
-        raise ValueError("it has no conv1.weight of four dimensions")
-    width, channels, *kernel = kernels.shape
-    classes = weights["fc.bias"].numel() if "fc.bias" in weights else 0
-    stem = "3x3" if kernel == [3, 3] else "7x7"
-
-    # what it should hold, name by name: shapes without memory
-    with torch.device("meta"):
-        net = ResNet(depth, classes or 1, channels, width, stem)
-    if not classes:
-        net.fc = nn.Identity()  # the head of another task is no part of it
-    expected = net.state_dict()
-    for name, tensor in expected.items():
-        if name.endswith("num_batches_tracked"):
-            continue  # a counter that old PyTorch did not keep
-        value = weights.get(name)
-        if value is None or value.shape != tensor.shape:
-            raise ValueError(f"its {name} is {size(value)}, a ResNet-{depth}'s is {size(tensor)}: "
-                             "another network (ResNeXt, a wide ResNet) or a part of one")
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError(f"its {name} has values that are not finite floating-point numbers")
-    unused = [name for name in weights if name not in expected]
-    for name in unused:  # squeeze-and-excitation, say, would change what the network computes
-        if name.startswith(("conv", "bn", "layer")):
-            raise ValueError(f"it has {name}, a ResNet-{depth} has not: another network")
-    arch = dict(depth=depth, num_classes=classes, in_channels=channels, width=width, stem=stem)
-    return arch, unused
-
-
 def listed(names):
-    """The first few of many names, and how many there are."""
-    return f"{', '.join(map(str, list(names)[:4]))} ({len(names)} in all)"
+    return ", ".join(list(names)[:3]) + (" ..." if len(names) > 3 else "") or "none"
 
 
 def check_classes(classes, described, who, path):
@@ -494,19 +376,20 @@ def check_classes(classes, described, who, path):
                  "their labels mean different things")
 
 
-# ----------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------ main
 CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names can wait for the download
 
 
 def main(argv=None):
     # arguments, and with them the teacher, who says what some are by default
     args, teacher = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("runs as one process: call it without torchrun")
     known, taught = teacher["arch"], teacher["data"]  # what it learnt from; None: from elsewhere
+    if world_size() > 1:
+        fail("runs as one process: call it without torchrun")
+    if os.path.exists(args.out):  # written over, if it is this stage's
+        load_checkpoint(args.out, "init")
     if DEPTHS[args.depth][0] is not DEPTHS[known["depth"]][0]:
-        fail(f"argument --depth: {args.depth}: {args.src} is a ResNet-{known['depth']}, and basic "
-             "blocks (18, 34) and bottlenecks (50, 101, 152) cannot fill each other")
+        fail(f"argument --depth: blocks of a ResNet-{known['depth']} cannot fill {args.depth}'s")
 
     # data: what the network is meant for. the next stage compares the class names with the images
     inherited = args.dataset == teacher["config"].get("dataset")
@@ -518,52 +401,45 @@ def main(argv=None):
         data = load_data(args.dataset, args.data_dir).describe()
     num_classes = len(data["classes"] or range(CIFAR[args.dataset]))
 
-    # earlier result: one of the same command stands, another's is not overwritten
-    parents = dict(teacher=dict(path=args.src, sha256=teacher["sha256"], bare=taught is None))
-    identity = run_identity(args, "init", parents=parents)
-    identity["data"] = [num_classes, data["classes"], data["shape"]]  # all that counts here
-    earlier_run(args, "init", identity)
-
     # classifier: the teacher's serves its own classes alone, in their order
     if args.classifier == "transfer":
         if known["num_classes"] != num_classes:
-            fail(f"argument --classifier: transfer needs a teacher of as many classes; {args.src} "
-                 f"knows {known['num_classes']}, {args.dataset} has {num_classes}")
+            fail(f"argument --classifier: {args.src} knows {known['num_classes']} classes, "
+                 f"{args.dataset} has {num_classes}")
         check_classes(data["classes"] or [], taught, "teacher", args.src)
         if taught:
             data = data | dict(classes=taught["classes"])  # of CIFAR they were not known
 
     # student: fresh, as the seed says
     stem = args.stem
-    if stem == "auto":
-        stem = known["stem"] if inherited else default_stem(data["shape"])
+    if stem == "auto" and inherited:
+        stem = known["stem"]
+    elif stem == "auto":  # small images keep their size
+        stem = "3x3" if max(data["shape"]) <= 64 else "7x7"
+    neuron = {field: getattr(args, field) for field in asdict(Neuron())}
     arch = dict(depth=args.depth, num_classes=num_classes, in_channels=data["shape"][0],
-                width=args.width, stem=stem, block=args.block, encoder=args.encoder, T=args.T,
-                decay=args.decay, v_th=args.v_th, lens=args.lens, detach_reset=args.detach_reset)
+                width=args.width, stem=stem, block=args.block, encoder=args.encoder, **neuron)
     torch.manual_seed(args.seed)
     student = SpikingResNet(**arch)
 
     # transfer
-    try:
-        rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
-    except ValueError as error:  # one of the two networks was edited
-        fail(f"{args.src}: {error}")
+    rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
 
     # save: the next stage reads all it needs to know from this file
-    checkpoint = make_checkpoint("init", arch, student, args, identity, data, parents)
-    save_checkpoint(args.out, checkpoint)
+    parents = dict(teacher=dict(path=args.src, sha256=teacher["sha256"]))
+    save_checkpoint(args.out, student, stage="init", arch=arch, config=vars(args), data=data,
+                    parents=parents, history=[])
 
     # report: what was done, layer by layer, and what comes next
+    if args.classifier == "transfer" and not taught:
+        print(f"{args.src} names no classes: those of {args.dataset} are taken to be its own, in "
+              f"this order: {listed(data['classes'] or ['as torchvision has them'])}")
     for row in [("layer of the student", "from the teacher's", "how"), *rows]:
         print("{:<25}{:<25}{}".format(*row))
-    for line in teacher.get("notes", []):
-        print(f"note: {line}")
     print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width {args.width}, "
           f"T {args.T}) for {args.dataset}, from {args.src}")
-    command = f"next: python train_idsnn.py --init {shlex.quote(args.out)}"
-    if not taught:
-        command += " --no-kd   (or --teacher, a checkpoint of train_teacher.py)"
-    print(command, flush=True)  # a full disk or a closed pipe is met here, not at Python's end
+    hint = "" if taught else " --no-kd   (or --teacher, a checkpoint of train_teacher.py)"
+    print(f"next: python train_idsnn.py --init {shlex.quote(args.out)}{hint}")
 
 
 if __name__ == "__main__":

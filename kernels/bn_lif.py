@@ -8,47 +8,40 @@ mean and (biased) var are taken over T, B, H, W and over all ranks of a process 
 neuron-step (lif.py), with n values per channel and xhat = (x - mean) / sqrt(var + eps):
 
     dbias = sum(dcurrent)    dweight = sum(dcurrent*xhat)    dresidual = dcurrent
-    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    sums over all ranks here; without the
-                                                             means where mean and var are constants
+    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    constant statistics: no means
 
 Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T = 4, bf16 / fp32:
 
     forward    statistics: read x 2 / 4; then read x, write spikes and bits 4.25 / 8.25
     backward   sums: read g, bits, x 4.25 / 8.25; then read g, bits, x, write dx 6.25 / 12.25
-    inference  read x, write spikes 4 / 8
     residual   read 2 / 4 forward, write 2 / 4 backward
 
-Forward and backward 16.75 / 32.75 bytes, 20.75 / 40.75 with a residual. With the same current at
-every step (`T=`, direct coding's stem) x is read, and dx written, once instead of T times.
-
-`bn_lif_reference` is the specification. Given the same statistics the kernels' spikes equal its
-own bit for bit in fp32: products and sums in one order, none contracted, roots and quotients
-exactly rounded. On PyTorch, and for the plain derivative, bn_lif is batch norm, the add, `lif`.
+`bn_lif_reference` is the specification; given the same statistics the kernels' spikes equal its own
+bit for bit in fp32. On PyTorch, and for the plain derivative, bn_lif is batch norm, add, `lif`.
+The forward kernel with a ReLU for the neuron is `bn_relu`, for a teacher that is frozen.
 """
-
-import math
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from kernels.lif import (
+from .lif import (
+    OPS,
     check,
+    choose_impl,
     lif,
     lif_reference,
-    no_second_derivative,
     refuse_forward_mode,
     state_dtype,
+    transformed,
     triton,
 )
 
 if triton is not None:
     import triton.language as tl
 
-    from kernels.lif import backward_step, fire, load_steps, pack, reset
-
-Tensor, Maybe = torch.Tensor, torch.Tensor | None
+    from .lif import backward_step, fire, load_steps, pack
 
 
 # ---------------------------------------------------------------------------- the specification
@@ -72,21 +65,14 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 
 
 # ---------------------------------------------------------------------------- batch norm, PyTorch
-# functional collectives, which torch.compile can trace. groups go by their names.
-
-def _all_reduce(x, group):
-    """Sum over the ranks."""
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
-
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over the ranks, forward and backward."""
+    """Sum over the ranks of a group (its name), forward and backward; torch.compile traces it."""
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group = group
-        return _all_reduce(x, group)
+        ctx.group, ops = group, torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
     def backward(ctx, g):
@@ -94,13 +80,11 @@ class _AllReduce(torch.autograd.Function):
 
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group=None):
-    """F.batch_norm of x (N, C, H, W) whose batch statistics are over all ranks of `group`.
-
-    Every rank holds an x of the same shape. The result has x's dtype.
-    """
+    """F.batch_norm of x (N, C, H, W), one shape on every rank of `group`, statistics of all."""
     if group is None or not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    per_channel, ranks, name = (-1, 1, 1), group.size(), group.group_name
+    ranks, name = group.size(), group.group_name
+    per_channel = (-1, 1, 1)
     x_acc = x.to(state_dtype(x))
     # two rounds of messages: squares of what is centred lose no digits to a large mean
     mean = _AllReduce.apply(x_acc.mean((0, 2, 3)), name) / ranks
@@ -108,189 +92,190 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     var = _AllReduce.apply(centred.square().mean((0, 2, 3)), name) / ranks
     if running_mean is not None:
         n = ranks * x.numel() // x.shape[1]
-        unbiased = var * (n / (n - 1))
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        unbiased = var.detach() * (n / (n - 1))
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     y = centred * (var + eps).rsqrt().view(per_channel)
     if weight is not None:
         y = y * weight.view(per_channel) + bias.view(per_channel)
-    return y.to(x.dtype)
+    return y.to(x.dtype)  # as F.batch_norm's
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batch statistics are over all processes of torch.distributed, forward
-    and backward, on CPUs and GPUs (nn.SyncBatchNorm refuses CPU tensors)."""
+    """nn.BatchNorm2d whose batch statistics are over all processes, on CPUs and GPUs."""
 
     @property
     def group(self):
         """The process group that shares the statistics; None where this process is alone."""
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return dist.group.WORLD if several else None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return dist.group.WORLD
+
+    def count_batch(self):
+        """Count a batch of training -> the weight of its statistics in the running ones."""
+        self.num_batches_tracked += 1
+        if self.momentum is None:  # a plain average over all batches
+            return 1 / float(self.num_batches_tracked)
+        return self.momentum
 
     def forward(self, x):
         if self.group is None or not self.training:
             return super().forward(x)
-        momentum = self.momentum
-        if self.track_running_stats:
-            self.num_batches_tracked += 1
-            if momentum is None:  # a plain average over all batches, as in nn.BatchNorm2d
-                momentum = 1 / float(self.num_batches_tracked)
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True,
-                          momentum, self.eps, self.group)
+                          self.count_batch(), self.eps, self.group)
 
 
 # ---------------------------------------------------------------------------- Triton kernels
-# to the kernels a time-step is (O, C) in channels-last memory, O = B*H*W, and any C is read 16
-# bytes at a time: its N = O*C values are cut into rows of W, the least multiple of 64 and of C, the
-# last one perhaps short. in a row channel c stands W/C times; per-channel vectors are written as
-# often side by side, and partial sums of the copies are just more parts.
-#
-# a tile is BR rows by 64 columns, so that a channel's vectors are read once a program and its sums
-# are sums over rows. T is unrolled; TX is the number of planes of x, T or, where the current is the
-# same at every step, 1. the rest are run-time values. row numbers have 32 bits, offsets 64.
+# a time-step is (O, C) in memory, O = B*H*W, N = O*C. a tile is BR rows by BC channels, 64 or, of
+# fewer, the next power of two: what a channel has in common is read once a program, its sums are
+# sums over rows. T is unrolled; TX, the planes of x, is T or, where the current is the same at
+# every step, 1. C and N are run-time values.
 
 TILE = 1024  # neurons of a program: 8 for each of 128 threads, 16 bytes in bf16
-COLUMNS = 64
-# programs of a reduction: 4 on each of an H100's 132 multiprocessors run at once, one whole wave,
-# with all the registers they need (128 a thread). a fixed number, so that sums don't depend on the
-# device.
-REDUCING = 4 * 132
+REDUCING = 4 * 132  # programs of a reduction: a wave on an H100; fixed, so that sums repeat
 PARTS, CHANNELS = 256, 8  # tile of the kernels that combine the parts of a reduction
 
 if triton is not None:
-    BC = tl.constexpr(COLUMNS)
-    # rows of `vectors` (5, W), fp32: what is the same for all of a channel
-    MEAN, VAR, INV_STD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+    # rows of Vectors (5, C)
+    MEAN, VAR = tl.constexpr(0), tl.constexpr(1)
+    INV_STD = tl.constexpr(2)
     SCALE, SHIFT = tl.constexpr(3), tl.constexpr(4)
 
     @triton.jit
-    def _columns():
-        return tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-
-    @triton.jit
-    def _tile(row, W, N, BR: tl.constexpr):  # offsets, mask: the rows from `row` on
+    def _tile(row, C, N, BR: tl.constexpr, BC: tl.constexpr):
+        """Channels (1, BC), offsets and mask (BR, BC) of the tile that begins at `row`."""
+        c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
         r = row + tl.arange(0, BR)[:, None]
-        offsets = r.to(tl.int64) * W + _columns()
-        return offsets, offsets < N
+        offsets = r.to(tl.int64) * C + c
+        return c, offsets, (offsets < N) & (c < C)
 
     @triton.jit
-    def _channels(Vectors, row, W):  # (rows, W) -> (1, BC)
-        return tl.load(Vectors + row * W + _columns())
+    def _row(Vectors, row, c, C):  # of a channel each: (rows, C) -> (1, BC)
+        return tl.load(Vectors + row * C + c, c < C, 0.0)
 
     @triton.jit
-    def _store_part(Parts, row, values, W):  # sums of the columns -> Parts (rows, programs, W)
-        part = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-        tl.store(Parts + part * W + _columns(), tl.sum(values, 0, keep_dims=True))
+    def _store_part(Parts, row, values, c, C):  # sums of columns -> Parts (rows, programs, C)
+        part = row * tl.num_programs(0) + tl.program_id(0)
+        sums = tl.sum(values, 0, keep_dims=True)
+        tl.store(Parts + part * C + c, sums, c < C)
 
     @triton.jit
-    def _statistics_kernel(X, Parts, W, N: tl.int64, T: tl.constexpr, BR: tl.constexpr):
-        """Parts (4, P, W) of every P-th tile: count, shift, sum(x - shift), sum((x - shift)**2).
-
-        Reads x. shift is the mean of the first tile: fp32 loses nothing to a large common mean.
-        """
-        first = tl.program_id(0) * BR
-        rows = tl.cdiv(N, W).to(tl.int32)
-        offsets, inside = _tile(first, W, N, BR)
+    def _statistics_kernel(
+        X, Parts, C, N: tl.int64,
+        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ):
+        """Parts (3, P, C) of every P-th tile: sum(x - m), sum((x - m)**2), m. Reads x. About m, the
+        mean of the first tile, the same in every program, fp32 loses nothing to a large mean."""
+        c, offsets, inside = _tile(0, C, N, BR, BC)
         x = tl.load(X + offsets, inside, 0).to(tl.float32)
-        # beyond the end of a short last row there is nothing, not even a mean
-        seen = tl.maximum(tl.sum(inside.to(tl.float32), 0, keep_dims=True), 1)
-        shift = tl.sum(x, 0, keep_dims=True) / seen
-        count = tl.zeros([BR, BC], tl.float32)
-        s1 = count
-        s2 = count
-        for row in range(first, rows, tl.num_programs(0) * BR):
-            offsets, inside = _tile(row, W, N, BR)
-            xs = load_steps(X, N, offsets, inside, T)
-            for t in tl.static_range(T):
-                d = tl.where(inside, xs[t].to(tl.float32) - shift, 0.0)
+        m = tl.sum(x, 0, keep_dims=True) * (1 / BR)
+        s1 = tl.zeros([BR, BC], tl.float32)
+        s2 = s1
+        rows = tl.cdiv(N, C).to(tl.int32)
+        first, stride = tl.program_id(0) * BR, tl.num_programs(0) * BR
+        for row in range(first, rows, stride):
+            c, offsets, inside = _tile(row, C, N, BR, BC)
+            xs = load_steps(X, N, offsets, inside, TX)
+            for t in tl.static_range(TX):
+                d = tl.where(inside, xs[t].to(tl.float32) - m, 0.0)
                 s1 += d
                 s2 += d * d
-            count += tl.where(inside, 1.0, 0.0)
-        _store_part(Parts, 0, count * T, W)
-        _store_part(Parts, 1, shift, W)
-        _store_part(Parts, 2, s1, W)
-        _store_part(Parts, 3, s2, W)
+        _store_part(Parts, 0, s1, c, C)
+        _store_part(Parts, 1, s2, c, C)
+        _store_part(Parts, 2, m, c, C)
 
     @triton.jit
-    def _part(Parts, row, p, P, c, C):  # a tile of Parts (rows, P, C)
-        offsets = (row * P + p).to(tl.int64) * C + c
-        # fp64: the sums of many programs
-        return tl.load(Parts + offsets, (p < P) & (c < C), 0.0).to(tl.float64)
-
-    @triton.jit
-    def _store_channels(Vectors, row, value, c, C, W):  # (1, CHANNELS) -> (rows, W)
-        # side by side, for every copy of a channel in a row
-        for column in range(0, W, C):
-            tl.store(Vectors + row * W + column + c, value, c < C)
-
-    @triton.jit
-    def _vectors_kernel(Parts, P, C, W, Weight, Bias, RunningMean, RunningVar, Vectors, momentum,
-                        eps, BP: tl.constexpr, CHANNELS: tl.constexpr):
-        """Parts (4, P, C) -> Vectors (5, W) and, unless None, the running statistics.
-
-        In fp64, about m, the shift of the first part, where d = s - m for a part shifted by s:
-        sum(x - m) = sum(x - s) + count*d, sum((x-m)**2) = sum((x-s)**2) + d*(2*sum(x-s) + count*d).
-        """
-        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        weight = tl.load(Weight + c, c < C, 0.0).to(tl.float32)
-        bias = tl.load(Bias + c, c < C, 0.0).to(tl.float32)
-        m = _part(Parts, 1, tl.zeros([1, 1], tl.int32), P, c, C)
-        counts = tl.zeros([BP, CHANNELS], tl.float64)
-        sums = counts
-        squares = counts
+    def _combined(Parts, P, c, C, BP: tl.constexpr, CHANNELS: tl.constexpr):
+        """Of channels c (1, CHANNELS) in fp64 the sums of rows 0 and 1 of Parts (rows, P, C)."""
+        s1 = tl.zeros([BP, CHANNELS], tl.float64)
+        s2 = s1
         for first in range(0, P, BP):
             p = first + tl.arange(0, BP)[:, None]
-            count = _part(Parts, 0, p, P, c, C)
-            d = _part(Parts, 1, p, P, c, C) - m
-            s1 = _part(Parts, 2, p, P, c, C)
-            s2 = _part(Parts, 3, p, P, c, C)
-            counts += count
-            sums += s1 + count * d
-            squares += s2 + d * (2 * s1 + count * d)
-        # nothing was counted where c >= C
-        n = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
-        # mean - m and, rounding apart never negative, var
-        offset = tl.sum(sums, 0, keep_dims=True) / n
-        var = tl.sum(squares, 0, keep_dims=True) / n - offset * offset
-        var = tl.maximum(var, 0.0)
-        mean = m + offset
-        if RunningMean is not None:
-            old_mean = tl.load(RunningMean + c, c < C, 0.0) * (1 - momentum)
-            old_var = tl.load(RunningVar + c, c < C, 0.0) * (1 - momentum)
-            unbiased = var * (n / tl.maximum(n - 1, 1.0))
-            tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
-            tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
-        mean = mean.to(tl.float32)
-        var = var.to(tl.float32)
+            inside = (p < P) & (c < C)
+            s1 += tl.load(Parts + p * C + c, inside, 0.0)
+            s2 += tl.load(Parts + (P + p) * C + c, inside, 0.0)
+        s1 = tl.sum(s1, 0, keep_dims=True)
+        s2 = tl.sum(s2, 0, keep_dims=True)
+        return s1, s2
+
+    @triton.jit(do_not_specialize=["P", "n"])
+    def _vectors_kernel(
+        Parts, P, C, Weight, Bias, RunningMean, RunningVar, Vectors,
+        n, momentum, eps,
+        BP: tl.constexpr, CHANNELS: tl.constexpr,
+    ):
+        """Parts (3, P, C) of n values -> Vectors (5, C) and, unless None, running statistics; Parts
+        None: the running statistics are the vectors'."""
+        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        weight = _row(Weight, 0, c, C)
+        bias = _row(Bias, 0, c, C)
+        if Parts is None:
+            mean = _row(RunningMean, 0, c, C)
+            var = _row(RunningVar, 0, c, C)
+        else:
+            s1, s2 = _combined(Parts, P, c, C, BP, CHANNELS)
+            offset = s1 / n  # mean - m
+            mean = _row(Parts, 2 * P, c, C) + offset
+            var = tl.maximum(s2 / n - offset * offset, 0.0)  # rounding apart never negative
+            if RunningMean is not None:
+                old_mean = _row(RunningMean, 0, c, C) * (1 - momentum)
+                old_var = _row(RunningVar, 0, c, C) * (1 - momentum)
+                unbiased = var * n / (n - 1)
+                tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
+                tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
+        mean, var = mean.to(tl.float32), var.to(tl.float32)
         # roots and quotients exactly rounded, as in PyTorch
         std = tl.sqrt_rn(var + eps)
+        inv_std = tl.div_rn(1.0, std)
         scale = tl.div_rn(weight, std)
-        _store_channels(Vectors, MEAN, mean, c, C, W)
-        _store_channels(Vectors, VAR, var, c, C, W)
-        _store_channels(Vectors, INV_STD, tl.div_rn(1.0, std), c, C, W)
-        _store_channels(Vectors, SCALE, scale, c, C, W)
-        _store_channels(Vectors, SHIFT, bias - mean * scale, c, C, W)
+        shift = bias - mean * scale
+        tl.store(Vectors + MEAN * C + c, mean, c < C)
+        tl.store(Vectors + VAR * C + c, var, c < C)
+        tl.store(Vectors + INV_STD * C + c, inv_std, c < C)
+        tl.store(Vectors + SCALE * C + c, scale, c < C)
+        tl.store(Vectors + SHIFT * C + c, shift, c < C)
+
+    @triton.jit(do_not_specialize=["P", "n", "ranks"])
+    def _means_kernel(
+        Parts, P, C, Vectors, Means, n, ranks,
+        BP: tl.constexpr, CHANNELS: tl.constexpr,
+    ):
+        """Parts (2, P, C) -> Means (4, C): dbias/n, dweight/n/std; dbias/ranks, dweight/ranks."""
+        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        dbias, s2 = _combined(Parts, P, c, C, BP, CHANNELS)
+        inv_std = _row(Vectors, INV_STD, c, C)
+        dweight = s2 * inv_std
+        tl.store(Means + c, dbias / n, c < C)
+        tl.store(Means + C + c, dweight / n * inv_std, c < C)
+        tl.store(Means + 2 * C + c, dbias / ranks, c < C)
+        tl.store(Means + 3 * C + c, dweight / ranks, c < C)
 
     @triton.jit
-    def _forward_kernel(X, Residual, Spikes, Bits, Vectors, decay, v_th, lens, W, N: tl.int64,
-                        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr):
-        """Reads x and the residual, writes spikes and, unless Bits is None, two bits."""
-        offsets, inside = _tile(tl.program_id(0) * BR, W, N, BR)
+    def _forward_kernel(
+        X, Residual, Spikes, Bits, Vectors,
+        decay, v_th, lens, C, N: tl.int64,
+        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ):
+        """Reads x and the residual, writes spikes (v_th None: what a ReLU makes of the current)
+        and, unless Bits is None, two bits."""
+        c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         xs = load_steps(X, N, offsets, inside, TX)
         if Residual is not None:
             residuals = load_steps(Residual, N, offsets, inside, T)
-        scale = _channels(Vectors, SCALE, W)
-        shift = _channels(Vectors, SHIFT, W)
+        scale = _row(Vectors, SCALE, c, C)
+        shift = _row(Vectors, SHIFT, c, C)
         leak = tl.zeros([BR, BC], tl.float32)
         code = tl.zeros([BR, BC], tl.int32)
         for t in tl.static_range(T):
             current = xs[t % TX].to(tl.float32) * scale + shift
             if Residual is not None:
                 current += residuals[t].to(tl.float32)
-            u, fired, window = fire(leak, current, v_th, lens)
-            tl.store(Spikes + t * N + offsets, tl.where(fired, 1.0, 0.0), inside)
-            leak = reset(u, fired, decay)
+            if v_th is None:
+                spikes = tl.where(current < 0, 0.0, current)  # ReLU's, a NaN stays one
+            else:
+                u, fired, window = fire(leak, current, v_th, lens)
+                spikes = tl.where(fired, 1.0, 0.0)
+                leak = u * tl.where(fired, 0.0, decay)
+            tl.store(Spikes + t * N + offsets, spikes, inside)
             if Bits is not None:
                 code = pack(code, fired, window, t)
                 if t % 4 == 3 or t == T - 1:
@@ -298,18 +283,20 @@ if triton is not None:
                     code = tl.zeros([BR, BC], tl.int32)
 
     @triton.jit
-    def _reduce_kernel(G, Bits, X, Vectors, Parts, decay, inv, W, N: tl.int64, T: tl.constexpr,
-                       TX: tl.constexpr, BR: tl.constexpr):
-        """Parts (2, P, W) of every P-th tile: sums of dcurrent and of dcurrent*(x - mean).
-
-        Reads g, bits and x.
-        """
-        mean = _channels(Vectors, MEAN, W)
+    def _reduce_kernel(
+        X, G, Bits, Vectors, Parts,
+        decay, inv, C, N: tl.int64,
+        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ):
+        """Parts (2, P, C): sums of dcurrent and of dcurrent*(x - mean). Reads g, bits, x."""
+        c, offsets, inside = _tile(0, C, N, BR, BC)
+        mean = _row(Vectors, MEAN, c, C)
         s1 = tl.zeros([BR, BC], tl.float32)
         s2 = s1
-        rows = tl.cdiv(N, W).to(tl.int32)
-        for row in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
-            offsets, inside = _tile(row, W, N, BR)
+        rows = tl.cdiv(N, C).to(tl.int32)
+        first, stride = tl.program_id(0) * BR, tl.num_programs(0) * BR
+        for row in range(first, rows, stride):
+            c, offsets, inside = _tile(row, C, N, BR, BC)
             gs = load_steps(G, N, offsets, inside, T)
             codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
             xs = load_steps(X, N, offsets, inside, TX)
@@ -318,43 +305,25 @@ if triton is not None:
                 du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
                 s1 += du
                 s2 += du * (xs[t % TX].to(tl.float32) - mean)
-        _store_part(Parts, 0, s1, W)
-        _store_part(Parts, 1, s2, W)
+        _store_part(Parts, 0, s1, c, C)
+        _store_part(Parts, 1, s2, c, C)
 
     @triton.jit
-    def _means_kernel(Parts, P, C, W, Vectors, Sums, Means, n, ranks, BP: tl.constexpr,
-                      CHANNELS: tl.constexpr):
-        """Parts (2, P, C) -> Sums (2, C), dbias and dweight over the number of ranks, and Means
-        (2, W), dbias/n and dweight/n/std."""
-        c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        s1 = tl.zeros([BP, CHANNELS], tl.float64)
-        s2 = s1
-        for first in range(0, P, BP):
-            p = first + tl.arange(0, BP)[:, None]
-            s1 += _part(Parts, 0, p, P, c, C)
-            s2 += _part(Parts, 1, p, P, c, C)
-        inv_std = tl.load(Vectors + INV_STD * W + c, c < C, 0.0)
-        dbias = tl.sum(s1, 0, keep_dims=True)
-        dweight = tl.sum(s2, 0, keep_dims=True) * inv_std
-        tl.store(Sums + c, dbias / ranks, c < C)
-        tl.store(Sums + C + c, dweight / ranks, c < C)
-        _store_channels(Means, 0, dbias / n, c, C, W)
-        _store_channels(Means, 1, dweight / n * inv_std, c, C, W)
-
-    @triton.jit
-    def _apply_kernel(G, Bits, X, Vectors, Means, DX, DResidual, decay, inv, W, N: tl.int64,
-                      T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr):
-        """Reads g, bits and, unless Means is None (constant statistics), x; writes dx and, unless
-        None, dresidual."""
-        offsets, inside = _tile(tl.program_id(0) * BR, W, N, BR)
+    def _apply_kernel(
+        X, G, Bits, Vectors, Means, DX, DResidual,
+        decay, inv, C, N: tl.int64,
+        T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ):
+        """Reads g, bits and, unless Means is None (constants), x; writes dx and dresidual."""
+        c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         gs = load_steps(G, N, offsets, inside, T)
         codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
         if Means is not None:
             xs = load_steps(X, N, offsets, inside, TX)
-            mean = _channels(Vectors, MEAN, W)
-            mean_d = _channels(Means, 0, W)
-            slope = _channels(Means, 1, W)
-        scale = _channels(Vectors, SCALE, W)
+            mean = _row(Vectors, MEAN, c, C)
+            mean_d = _row(Means, 0, c, C)
+            slope = _row(Means, 1, c, C)
+        scale = _row(Vectors, SCALE, c, C)
         du = tl.zeros([BR, BC], tl.float32)
         total = du
         for t in tl.static_range(T - 1, -1, -1):
@@ -369,183 +338,184 @@ if triton is not None:
                 total = tl.zeros([BR, BC], tl.float32)
 
 
-# ---------------------------------------------------------------------------- launches
-
-def _rows(x):
-    """(T, B, C, H, W) -> dense (T, B, H, W, C): a view of channels-last memory, else a copy."""
-    return x.permute(0, 1, 3, 4, 2).contiguous()
-
-
-def _planes(x, T, dtype=None):
-    """Empty (T, B, C, H, W) in channels-last memory, shape and dtype else as x."""
-    _, B, C, H, W = x.shape
-    memory = x.new_empty(T, B, H, W, C, dtype=dtype or x.dtype)
-    return memory.permute(0, 1, 4, 2, 3)
-
-
-def _width(C):  # columns of a row: whole tiles, whole sets of channels
-    return math.lcm(COLUMNS, C)
-
-
-def tile_size(T, itemsize):
-    """Neurons of a program: fewer where a neuron's loads of all steps, which stay in registers,
-    take more than 16 bytes a plane."""
+def tile_shape(C, T, itemsize):
+    """(BR, BC): fewer rows where all steps' loads, which stay in registers, are above 16 bytes."""
     tile = TILE
     while tile * T * itemsize > TILE * 16:
         tile //= 2
-    return tile
+    columns = min(64, max(16, triton.next_power_of_2(C)))
+    return tile // columns, columns
 
 
 def _grid(x, T, programs=None):
-    """Tiles down and across a time-step of x, or about so many programs if there are more tiles."""
-    across = _width(x.shape[2]) // COLUMNS
-    down = triton.cdiv(x[0].numel(), tile_size(T, x.element_size()) * across)
+    """Tiles down and across a time-step of x; or about so many programs, where there are more."""
+    C = x.shape[-1]
+    rows, columns = tile_shape(C, T, x.element_size())
+    down = triton.cdiv(x[0].numel(), rows * C)
+    across = triton.cdiv(C, columns)
     if programs is not None:
-        # min() would be a guard on the shape, where torch.compile traces it
-        down = torch.sym_min(down, max(1, programs // across))
+        down = min(down, max(1, programs // across))
     return down, across
 
 
-def _launch(kernel, x, T, *args, programs=None, **constants):
+def _launch(kernel, x, T, *args, programs=None):
+    """A kernel of x (T, B, H, W, C), contiguous, and what else it takes before C."""
+    C, N = x.shape[-1], x[0].numel()
+    rows, columns = tile_shape(C, T, x.element_size())
     grid = _grid(x, T, programs)
-    rows = tile_size(T, x.element_size()) // COLUMNS
-    W, N = _width(x.shape[2]), x[0].numel()
-    # products and sums stay apart (no contraction), as in the specification
-    with torch.cuda.device_of(x):
-        kernel[grid](*args, W, N, T=T, BR=rows, num_warps=4, enable_fp_fusion=False, **constants)
+    with torch.cuda.device_of(x):  # no contraction: products and sums stay apart
+        kernel[grid](
+            x, *args, C, N, T=T, TX=len(x), BR=rows, BC=columns,
+            num_warps=4, enable_fp_fusion=False)
 
 
-def _launch_combine(kernel, parts, *args):  # over channels, where _launch is over tiles
-    _, P, C = parts.shape
-    grid = (triton.cdiv(C, CHANNELS),)
-    with torch.cuda.device_of(parts):
-        kernel[grid](parts, P, C, _width(C), *args, BP=PARTS, CHANNELS=CHANNELS, num_warps=8,
-                     enable_fp_fusion=False)
-
-
-# what the operators return, and their fakes in a trace
-
-def _new_parts(x, T, rows):  # (rows, P, C)
-    C = x.shape[2]
-    # one of each program and of each copy of a channel in a row
-    programs, _ = _grid(x, T, REDUCING)
-    return x.new_empty(rows, programs * (_width(C) // C), C, dtype=torch.float32)
-
-
-def _new_vectors(parts, rows):
-    return parts.new_empty(rows, _width(parts.shape[2]), dtype=torch.float32)
-
-
-def _new_outputs(x, T, save):
-    return _planes(x, T), _planes(x, (T + 3) // 4 if save else 0, torch.uint8)
-
-
-def _new_gradients(g, x, need_dresidual):
-    sums = x.new_empty(2, x.shape[2], dtype=torch.float32)
-    return _planes(x, len(x)), _planes(x, len(g) if need_dresidual else 0), sums
+def _combine(kernel, parts, C, *args):  # a kernel of parts (rows, P, C), or of None
+    P = 1 if parts is None else parts.shape[1]
+    with torch.cuda.device_of(args[0]):
+        kernel[(triton.cdiv(C, CHANNELS),)](
+            parts, P, C, *args, BP=PARTS, CHANNELS=CHANNELS,
+            num_warps=8, enable_fp_fusion=False)
 
 
 # ---------------------------------------------------------------------------- operators
-# x is (T, B, C, H, W), or (1, B, C, H, W) for the same current at every step. sums leave their
-# operator before the next one takes them up, so that they can go to other ranks where torch.compile
-# sees it. what updates the running statistics has no derivative: it takes no x, and what takes x
-# gets its result.
+# x is (T, B, H, W, C), contiguous; or (1, B, H, W, C), the same current at every step. what updates
+# the running statistics has no derivative; that of the statistics is in bn_lif's.
 
-@torch.library.custom_op("idsnn::bn_lif_statistics", mutates_args=())
-def _statistics(x: Tensor) -> Tensor:
-    """Parts (4, P, C) of the statistics of x."""
-    refuse_forward_mode("bn_lif")
-    parts = _new_parts(x, len(x), 4)
-    _launch(_statistics_kernel, x, len(x), _rows(x), parts, programs=REDUCING)
-    return parts
-
-
-@torch.library.custom_op("idsnn::bn_lif_vectors", mutates_args=("running_mean", "running_var"))
-def _vectors(parts: Tensor, weight: Tensor, bias: Tensor, running_mean: Maybe, running_var: Maybe,
-             momentum: float, eps: float) -> Tensor:
-    """Vectors (5, W) of the statistics in the parts; updates the running ones, if given."""
-    vectors = _new_vectors(parts, 5)
-    _launch_combine(_vectors_kernel, parts, weight, bias, running_mean, running_var, vectors,
-                    momentum, eps)
+@torch.library.custom_op(
+    f"{OPS}::bn_lif_vectors", mutates_args=("running_mean", "running_var"), schema="""(
+    Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,
+    float momentum, float eps, str group, SymInt ranks) -> Tensor""")
+def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, ranks):
+    """Vectors (5, C) of the statistics of x on all ranks, which update the running ones, if any."""
+    C = x.shape[-1]
+    n = x.numel() // C  # values of a channel, on this rank
+    parts = _new_parts(x, len(x), 3)
+    vectors = weight.new_empty(5, C)
+    _launch(_statistics_kernel, x, len(x), parts, programs=REDUCING)
+    if group:  # a mean and a variance travel; then a rank is one part of the whole
+        _combine(_vectors_kernel, parts, C, weight, bias, None, None, vectors, n, momentum, eps)
+        ops = torch.ops._c10d_functional
+        own = vectors[:2].clone()
+        every = ops.wait_tensor(ops.all_gather_into_tensor(own, ranks, group))
+        mean, var = every.view(ranks, 2, C).unbind(1)  # (ranks*2, C) -> (ranks, C)
+        # about m, the first rank's mean, as the kernel's parts
+        offset = mean - mean[0]
+        s1, s2 = n * offset, n * (var + offset.square())
+        parts = torch.stack([s1, s2, mean - offset])
+    _combine(
+        _vectors_kernel, parts, C, weight, bias, running_mean, running_var, vectors,
+        ranks * n, momentum, eps)
     return vectors
 
 
-@torch.library.custom_op("idsnn::bn_lif", mutates_args=())
-def _bn_lif(x: Tensor, residual: Maybe, weight: Tensor, bias: Tensor, vectors: Tensor, T: int,
-            decay: float, v_th: float, lens: float, training: bool, group: str, ranks: int,
-            save: bool) -> tuple[Tensor, Tensor]:
-    """Spikes and bits (ceil(T/4), B, C, H, W), none unless `save`.
+@torch.library.custom_op(f"{OPS}::bn_lif_constants", mutates_args=(), schema="""(
+    Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> Tensor""")
+def _constants(weight, bias, mean, var, eps):
+    """Vectors (5, C) of statistics that are given."""
+    vectors = weight.new_empty(5, len(weight))
+    _combine(_vectors_kernel, None, len(weight), weight, bias, mean, var, vectors, 1, 0.0, eps)
+    return vectors
 
-    For the derivative are weight and bias, which the vectors hold already, training (False: the
-    statistics are constants) and the process group's name and size.
-    """
+
+@torch.library.custom_op(f"{OPS}::bn_lif", mutates_args=(), schema="""(
+    Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor vectors, SymInt T, float decay,
+    float v_th, float lens, bool training, str group, SymInt ranks, bool save
+    ) -> (Tensor, Tensor)""")
+def _bn_lif(
+    x, residual, weight, bias, vectors, T, decay, v_th, lens, training, group, ranks, save,
+):
+    """Spikes (T, B, H, W, C) and bits (ceil(T/4), B, H, W, C), none unless `save`. weight, bias,
+    training (False: constant statistics), the group's name and size are for the derivative."""
     refuse_forward_mode("bn_lif")
     spikes, bits = _new_outputs(x, T, save)
-    if residual is not None:
-        residual = _rows(residual)
-    _launch(_forward_kernel, x, T, _rows(x), residual, spikes, bits if save else None,
-            vectors, decay, v_th, lens, TX=len(x))
+    kept = bits if save else None
+    _launch(_forward_kernel, x, T, residual, spikes, kept, vectors, decay, v_th, lens)
     return spikes, bits
 
 
-@torch.library.custom_op("idsnn::bn_lif_reduce", mutates_args=())
-def _reduce(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, decay: float,
-            lens: float) -> Tensor:
-    """Parts (2, P, C) of the sums of dcurrent and of dcurrent*(x - mean)."""
-    refuse_forward_mode("bn_lif")
+@torch.library.custom_op(f"{OPS}::bn_lif_backward", mutates_args=(), schema="""(
+    Tensor g, Tensor bits, Tensor x, Tensor vectors, float decay, float lens, bool training,
+    str group, SymInt ranks, bool need_dresidual) -> (Tensor, Tensor, Tensor)""")
+def _backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
+    """dx; dresidual, empty unless needed; (4, C), whose last two are dbias and dweight / ranks."""
+    dx, dresidual, means = _new_gradients(g, x, vectors, need_dresidual)
     parts = _new_parts(x, len(g), 2)
-    _launch(_reduce_kernel, x, len(g), _rows(g), bits, _rows(x), vectors, parts, decay,
-            1 / (2 * lens), programs=REDUCING, TX=len(x))
-    return parts
+    n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
+    inv = 1 / (2 * lens)
+    data = x, len(g), g.contiguous(), bits, vectors
+    _launch(_reduce_kernel, *data, parts, decay, inv, programs=REDUCING)
+    if group:
+        parts = _AllReduce.apply(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
+    _combine(_means_kernel, parts, x.shape[-1], vectors, means, n, ranks)
+    _launch(
+        _apply_kernel, *data,
+        means if training else None,  # constant statistics have no gradient
+        dx,
+        dresidual if need_dresidual else None,
+        decay, inv)
+    return dx, dresidual, means
 
 
-@torch.library.custom_op("idsnn::bn_lif_backward", mutates_args=())
-def _backward(g: Tensor, bits: Tensor, x: Tensor, vectors: Tensor, parts: Tensor, decay: float,
-              lens: float, training: bool, ranks: int,
-              need_dresidual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual, empty unless needed, and (2, C): dbias and dweight, each
-    over the number of ranks."""
-    dx, dresidual, sums = _new_gradients(g, x, need_dresidual)
-    means = _new_vectors(parts, 2)
-    n = ranks * x.numel() // x.shape[2]
-    _launch_combine(_means_kernel, parts, vectors, sums, means, n, ranks)
-    _launch(_apply_kernel, x, len(g), _rows(g), bits, _rows(x), vectors,
-            means if training else None, dx, dresidual if need_dresidual else None, decay,
-            1 / (2 * lens), TX=len(x))
-    return dx, dresidual, sums
+@torch.library.custom_op(f"{OPS}::bn_relu", mutates_args=(), schema="""(
+    Tensor x, Tensor? residual, Tensor vectors) -> Tensor""")
+def _bn_relu(x, residual, vectors):
+    """x and residual (1, B, H, W, C) -> relu(batch norm + residual); it has no derivative."""
+    y = x.new_empty(x.shape)
+    _launch(_forward_kernel, x, 1, residual, y, None, vectors, None, None, None)
+    return y
 
 
-_statistics.register_fake(lambda x: _new_parts(x, len(x), 4))
-_vectors.register_fake(lambda parts, *_: _new_vectors(parts, 5))
-_reduce.register_fake(lambda g, bits, x, *_: _new_parts(x, len(g), 2))
-_bn_lif.register_fake(
-    lambda x, residual, weight, bias, vectors, T, *rest: _new_outputs(x, T, save=rest[-1]))
-_backward.register_fake(lambda g, bits, x, *rest: _new_gradients(g, x, need_dresidual=rest[-1]))
+def _new_parts(x, T, rows):
+    programs, _ = _grid(x, T, REDUCING)
+    return x.new_empty(rows, programs, x.shape[-1], dtype=torch.float32)
+
+
+def _new_outputs(x, T, save):
+    step = x.shape[1:]
+    rows = (T + 3) // 4 if save else 0
+    bits = x.new_empty(rows, *step, dtype=torch.uint8)
+    return x.new_empty(T, *step), bits
+
+
+def _new_gradients(g, x, vectors, need_dresidual):
+    dx = x.new_empty(x.shape)
+    steps = len(g) if need_dresidual else 0
+    dresidual = g.new_empty(steps, *g.shape[1:])
+    return dx, dresidual, torch.empty_like(vectors[:4])
+
+
+_bn_relu.register_fake(lambda x, *_: x.new_empty(x.shape))
+_vectors.register_fake(lambda x, weight, *_: weight.new_empty(5, len(weight)))
+_constants.register_fake(lambda weight, *_: weight.new_empty(5, len(weight)))
+_bn_lif.register_fake(lambda x, r, w, b, v, T, *rest: _new_outputs(x, T, save=rest[-1]))
+_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x, v, rest[-1]))
 
 
 def _setup(ctx, inputs, output):
-    x, residual, weight, bias, vectors, *ctx.options, ctx.save = inputs
+    x, residual, weight, bias, vectors, *ctx.options, ctx.saved = inputs
     # the bits; or, in what was traced without a gradient, that from which they come anew
-    saved = output[1:] if ctx.save else (residual, weight, bias)
+    saved = output[1:] if ctx.saved else (residual, weight, bias)
     ctx.save_for_backward(x, vectors, *saved)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros for the bits' gradient
 
 
 def _autograd(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        no_second_derivative("bn_lif")
+        raise RuntimeError("bn_lif has no second derivative: differentiate bn_lif_reference")
     x, vectors, *saved = ctx.saved_tensors
-    bits = saved[0] if ctx.save else _bn_lif(x, *saved, vectors, *ctx.options, True)[1]
+    if ctx.saved:
+        bits, = saved
+    else:
+        _, bits = _bn_lif(x, *saved, vectors, *ctx.options, True)
     _, decay, _, lens, training, group, ranks = ctx.options
     need_dresidual = ctx.needs_input_grad[1]
-    parts = _reduce(g, bits, x, vectors, decay, lens)
-    if group:
-        parts = _all_reduce(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
-    dx, dresidual, sums = _backward(g, bits, x, vectors, parts, decay, lens, training, ranks,
-                                    need_dresidual)
+    dx, dresidual, means = _backward(
+        g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual)
+    if not need_dresidual:
+        dresidual = None
     # on every rank the same share of the whole: their sum is right, and so is DDP's mean
-    dbias, dweight = sums
-    return dx, dresidual if need_dresidual else None, dweight, dbias, *[None] * 9
+    dbias, dweight = means[2:]
+    return dx, dresidual, dweight, dbias, *[None] * 9  # of the options there is none
 
 
 _bn_lif.register_autograd(_autograd, setup_context=_setup)
@@ -553,113 +523,108 @@ _bn_lif.register_autograd(_autograd, setup_context=_setup)
 
 # ---------------------------------------------------------------------------- what users call
 
-def _as_parts(n, mean, var):
-    """Parts of statistics (4, P, C): mean and var (P, C), each of n values."""
-    count, zero = torch.full_like(mean, n), torch.zeros_like(mean)
-    return torch.stack([count, mean, zero, var * n])
-
-
-def _gather(parts, n, group):
-    """Parts of all ranks (4, ranks, C) from this rank's (4, P, C), n values a channel."""
-    C, ops = parts.shape[2], torch.ops._c10d_functional
-    # only a mean and a variance travel; what weight and bias make of them goes nowhere
-    ones = parts.new_ones(C)
-    own = _vectors(parts, ones, ones, None, None, 0.0, 1.0)[:2, :C].contiguous()
-    every = ops.all_gather_into_tensor(own, group.size(), group.group_name)
-    every = ops.wait_tensor(every).unflatten(0, (-1, 2))  # (ranks*2, C) -> (ranks, 2, C)
-    mean, var = every.unbind(1)
-    return _as_parts(n, mean, var)
-
-
-def bn_lif(x: Tensor, weight: Tensor, bias: Tensor, residual: Maybe = None,
-           running_mean: Maybe = None, running_var: Maybe = None, *, training: bool = True,
-           momentum: float = 0.1, T: int | None = None, eps: float = 1e-5, decay: float = 0.25,
-           v_th: float = 0.5, lens: float = 0.5, detach_reset: bool = True, group=None,
-           impl: str | None = None) -> Tensor:
+def bn_lif(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
+    running_mean: Tensor | None = None, running_var: Tensor | None = None, *,
+    training: bool = True, momentum: float = 0.1, T: int | None = None, eps: float = 1e-5,
+    decay: float = 0.25, v_th: float = 0.5, lens: float = 0.5, detach_reset: bool = True,
+    group=None, impl: str | None = None,
+) -> Tensor:
     """Spikes of LIF neurons behind a batch norm and an optional residual add; U starts at 0.
 
-    x             (T, B, C, H, W), a convolution's output; or, with T given, (B, C, H, W), the same
-                  at each of T steps (an expanded T means the same). float32, bfloat16, float16 or
-                  float64; the arithmetic is fp32 (fp64)
-    weight, bias  (C,), as a rule float32 whatever x is
+    x             (T, B, C, H, W), dtypes as in `lif`; or, with T given, (B, C, H, W), the same at
+                  each of T steps
+    weight, bias, running_mean, running_var  (C,), as in F.batch_norm; float32 whatever x is, or
+                  rounded each time
     residual      (T, B, C, H, W), added to the normed x, in x's dtype on Triton
-    running_mean, running_var  (C,), as in F.batch_norm. training=True: statistics of x over T, B,
-                  H, W, which update the running ones, if given, in place (variance unbiased);
-                  training=False: the running ones are the statistics
-    momentum      weight of the new value in the running statistics
-    eps           added to the variance
+    training      statistics of x as given, over T, B, H, W (with T given n is B*H*W alone), update
+                  the running ones with weight `momentum` in place; False: those are used
     group         a process group whose ranks share their statistics; each holds an x of one shape.
                   gradients of weight and bias sum over the ranks to those of the whole batch
     decay, v_th, lens, detach_reset, impl   as in `lif`
 
-    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype; in channels-last memory on Triton, else in
-    x's layout.
-
-    Triton works on channels-last memory, as training on GPUs does: (T*B, C, H, W) channels-last
-    unflattened to (T, B) is taken as it is, any other x or residual copied. For the backward are
-    kept x, two bits per neuron-step and per-channel vectors; without a gradient nothing. On
+    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype; in channels-last memory on Triton, which
+    copies any other x or residual. For the backward are kept x and two bits per neuron-step. On
     PyTorch, with detach_reset=False and under torch.func it is F.batch_norm, the add and `lif`.
-    Second derivatives and forward mode are refused. Raises TypeError for a wrong dtype, ValueError
-    for anything else that doesn't fit.
+    Raises as `lif`, and ValueError where shapes don't fit.
     """
-    if x.dim() == 4 and T is not None:
+    steps = len(x) if T is None else T
+    if x.dim() == 4 and steps > 0 and T is not None:
         x = x.unsqueeze(0)  # (B, C, H, W) -> (1, B, C, H, W)
-    elif x.dim() == 5 and T in (None, x.shape[0]):
-        T = x.shape[0]
-        x = x[:1] if x.stride(0) == 0 else x
-    else:
-        raise ValueError("x must be (T, B, C, H, W), or (B, C, H, W) with T given, not "
-                         f"{tuple(x.shape)} with T = {T}")
-    neuron, impl = check(x, T, decay, v_th, lens, impl)
-    shape, C = (T, *x.shape[1:]), x.shape[2]
-    if T < 1:
-        raise ValueError(f"T must be at least 1, not {T}")
+    elif x.dim() != 5 or steps < 1 or len(x) != steps:
+        raise ValueError(f"x {tuple(x.shape)} is not (T, B, C, H, W), T = {T}, nor (B, C, H, W)")
+    check(x, decay, v_th, lens)
+    impl = choose_impl(x, steps, impl)
+    shape = (steps, *x.shape[1:])
+    C = x.shape[2]
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
-    vectors = dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    for name, vector in vectors.items():
+    for vector in (weight, bias, running_mean, running_var):
         if vector is not None and vector.shape != (C,):
-            raise ValueError(f"{name} must be ({C},), one value a channel, not "
-                             f"{tuple(vector.shape)}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given together, or neither")
-    if not training and running_mean is None:
-        raise ValueError("training=False needs running_mean and running_var")
+            raise ValueError(f"weight, bias, running statistics must be ({C},): {vector.shape}")
+    if (running_mean is None) != (running_var is None) or not training and running_mean is None:
+        raise ValueError("give running_mean and running_var together; training=False needs them")
     if group is not None and (group.size() == 1 or not training):
         group = None  # there is nothing to share
     ranks = 1 if group is None else group.size()
-    if training and ranks * x.numel() < 2 * C:
-        raise ValueError("batch statistics need more than one value a channel, x is "
-                         f"{tuple(x.shape)}")
+    n = x.numel() // C
+    if training and ranks * n < 2:
+        raise ValueError(f"batch statistics need more than one value a channel: {tuple(x.shape)}")
 
-    fused = impl == "triton" and detach_reset and x.numel() > 0
-    if not fused or torch._C._are_functorch_transforms_active():
-        # in three steps; the current is fp32 for bf16 and fp16 too
-        folded = x.flatten(0, 1).to(state_dtype(x))  # (T, B, C, H, W) -> (T*B, C, H, W)
-        current = batch_norm(folded, running_mean, running_var, weight, bias, training, momentum,
-                             eps, group)
+    # the arithmetic is fp32 (fp64), of a network that was made 16 bits wide too
+    acc = state_dtype(x)
+    weight, bias = weight.to(acc), bias.to(acc)
+    mean, var = running_mean, running_var
+    if mean is not None:
+        mean, var = mean.to(acc), var.to(acc)  # themselves, as a rule
+
+    if impl != "triton" or not detach_reset or n == 0 or transformed():
+        # in three steps, with an fp32 current
+        folded = x.flatten(0, 1).to(acc)  # (T, B, C, H, W) -> (T*B, C, H, W)
+        current = batch_norm(folded, mean, var, weight, bias, training, momentum, eps, group)
         current = current.unflatten(0, x.shape[:2]).expand(shape)  # -> (T, B, C, H, W)
         if residual is not None:
             current = current + residual
-        return lif(current, *neuron, bool(detach_reset), impl).to(x.dtype)
-
-    # once, and not again in each operator that reads x
-    x = _rows(x).permute(0, 1, 4, 2, 3)
-    if residual is not None:
-        residual = residual.to(x.dtype)
-    # the derivative is idsnn::bn_lif's alone, that of the statistics included
-    constant = weight.detach(), bias.detach()
-    if training:
-        parts = _statistics(x.detach())
+        spikes = lif(current, decay, v_th, lens, detach_reset, impl).to(x.dtype)
     else:
-        # those of a single value that is the mean; and nothing to update
-        parts = _as_parts(1, running_mean[None], running_var[None])
-        running_mean = running_var = None
-    name = ""
-    if group is not None:
-        name = group.group_name
-        parts = _gather(parts, x.numel() // C, group)
-    vectors = _vectors(parts, *constant, running_mean, running_var, momentum, eps)
-    inputs = x, residual, weight, bias
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    return _bn_lif(*inputs, vectors, T, *neuron, training, name, ranks, save)[0]
+        x = x.permute(0, 1, 3, 4, 2).contiguous()  # -> (T, B, H, W, C), of channels-last a view
+        if residual is not None:
+            residual = residual.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous()
+        name = group.group_name if group is not None else ""
+        constants = weight.detach(), bias.detach(), mean, var  # their derivative is _bn_lif's
+        if training:
+            vectors = _vectors(x.detach(), *constants, momentum, eps, name, ranks)
+        else:
+            vectors = _constants(*constants, eps)
+        inputs = x, residual, weight, bias
+        differentiable = any(v is not None and v.requires_grad for v in inputs)
+        save = torch.is_grad_enabled() and differentiable
+        spikes, _ = _bn_lif(*inputs, vectors, steps, decay, v_th, lens, training, name, ranks, save)
+        spikes = spikes.permute(0, 1, 4, 2, 3)  # -> (T, B, C, H, W)
+
+    if training and mean is not None and mean.dtype != running_mean.dtype:
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return spikes
+
+
+def bn_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    residual: Tensor | None = None, eps: float = 1e-5, impl: str | None = None,
+) -> Tensor:
+    """relu(batch norm of the running statistics + residual), without a derivative: what a frozen
+    teacher computes behind a convolution, on Triton in one pass instead of up to five launches.
+
+    x, residual (B, C, H, W), dtypes as in `lif`; the vectors (C,) as in F.batch_norm. Returns
+    (B, C, H, W) in x's dtype.
+    """
+    if choose_impl(x, 1, impl) != "triton":
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+        return F.relu(y if residual is None else y + residual.to(y.dtype))
+    acc = state_dtype(x)
+    vectors = _constants(*[v.to(acc) for v in (weight, bias, running_mean, running_var)], eps)
+    planes = [None, None]
+    for i, image in enumerate((x, residual)):
+        if image is not None:  # -> (1, B, H, W, C), of channels-last memory a view
+            planes[i] = image.to(x.dtype).permute(0, 2, 3, 1).contiguous().unsqueeze(0)
+    return _bn_relu(*planes, vectors).squeeze(0).permute(0, 3, 1, 2)  # -> (B, C, H, W)

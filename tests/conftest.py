@@ -1,7 +1,14 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before
-triton is imported."""
-import os
+"""What the tests share: the interpreter for Triton's kernels, and one pipeline on the digits.
 
+Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before
+triton is imported."""
+import importlib
+import os
+import shlex
+import shutil
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -27,3 +34,60 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         mend_interpreter()
     except ImportError:  # no triton here: its tests are skipped
         pass
+
+CPU = "--device cpu --precision fp32"
+
+
+def call(command):
+    """Run a script's main() in this process: call("train_teacher.py --epochs 1")."""
+    script, *argv = shlex.split(command)
+    importlib.import_module(script.removesuffix(".py")).main(argv)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """A folder with r34.pt, snn_init.pt and idsnn.pt: digits, width 8, two epochs. Not to be
+    written to: `here` is a copy."""
+    folder, before = tmp_path_factory.mktemp("stages"), os.getcwd()
+    os.chdir(folder)
+    call(f"train_teacher.py --dataset digits --width 8 --epochs 2 {CPU}")
+    call("transfer_init.py --src r34.pt")
+    call(f"train_idsnn.py --epochs 2 {CPU}")
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(stages, tmp_path, monkeypatch):
+    """An own copy of `stages`, the current folder."""
+    for name in ("r34.pt", "snn_init.pt", "idsnn.pt"):
+        shutil.copy(stages / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, capsys):
+    """run("eval.py idsnn.pt") -> status, out, err, in the folder `here`."""
+    def run(command):
+        capsys.readouterr()
+        status = 0
+        try:
+            call(command)
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err)
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """refused("eval.py nothing.pt") -> the one line on stderr in which a mistake ends."""
+    def refused(command):
+        result = run(command)
+        assert result.status == 2, result
+        assert result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
+        assert not result.out, result.out
+        return result.err
+    return refused

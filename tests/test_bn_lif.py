@@ -7,7 +7,7 @@ import conftest  # noqa: F401  spawned processes need it, too
 import pytest
 import torch
 
-from kernels import BatchNorm2d, bn_lif
+from kernels import BatchNorm2d, bn_lif, bn_relu
 from kernels.bn_lif import bn_lif_reference
 from kernels.lif import INTERPRET, lif_reference, triton
 
@@ -69,6 +69,10 @@ def close(actual, expected, bound):
         assert error <= bound, f"gradient {i}: relative error {error:.2e} > {bound:.0e}"  # NaN too
 
 
+def rows(x):
+    return x.permute(0, 1, 3, 4, 2).contiguous()
+
+
 def statistics(x):
     """Biased variance and mean of each channel, in fp32 or fp64."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
@@ -119,9 +123,9 @@ def test_kernels_equal_specification(shape, layout, residual_layout, neuron, dty
 
     # statistics of x: bit for bit given those that the kernels took
     eps = neuron.get("eps", 1e-5)
-    parts = module._statistics(x.detach())
-    vectors = module._vectors(parts, weight.detach(), bias.detach(), None, None, 0.1, eps)
-    taken_mean, taken_var = vectors[:2, :shape[2]]
+    vectors = module._vectors(
+        rows(x.detach()), weight.detach(), bias.detach(), None, None, 0.1, eps, "", 1)
+    taken_mean, taken_var = vectors[:2]
     torch.testing.assert_close(taken_mean, mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(taken_var, var, rtol=1e-5, atol=1e-6)
     spikes = bn_lif(*tensors, **options)
@@ -157,16 +161,6 @@ def test_more_parts_than_a_tile_of_the_combining_kernels(monkeypatch):
     spikes, expected = bn_lif(*tensors, impl="triton"), bn_lif_reference(*tensors)
     assert spikes.equal(expected)
     close(gradients(spikes, tensors, g), gradients(expected, tensors, g), 1e-5)
-
-
-@needs_triton
-@pytest.mark.parametrize("C, B", [(64, 1), (16, 4), (10, 2), (3, 4), (10, 1), (1, 1), (96, 3)])
-def test_tiles_are_full_whatever_the_channels(C, B):
-    """64 columns, so that accesses are 16 bytes wide, and no more tiles than the memory fills."""
-    x = torch.empty(4, B, C, 4, 4)
-    down, across = module._grid(x, 4)
-    assert across * module.COLUMNS % C == 0
-    assert (down - 1) * across * module.TILE < x[0].numel() <= down * across * module.TILE
 
 
 @needs_triton
@@ -359,7 +353,7 @@ def test_saved_for_backward(T):
             spikes = bn_lif(*tensors, impl="triton")
         return spikes, sum(sizes)
 
-    bits, vectors = x[0].numel() * ((T + 3) // 4), 5 * 64 * 4
+    bits, vectors = x[0].numel() * ((T + 3) // 4), 5 * 16 * 4
     assert saved(tensors)[1] == x.nbytes + bits + vectors
     with torch.no_grad():
         spikes, size = saved(tensors)
@@ -409,10 +403,10 @@ def test_derivative_whoever_asks_for_it(impl):
 
     tensors = tuple(t.detach() for t in tensors)
     for function in (f, traced):
-        with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+        with pytest.raises(NotImplementedError):
             torch.func.jvp(function, tensors, tensors)
     with torch.autograd.forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="use torch.func.vjp"):
+        with pytest.raises(NotImplementedError):
             f(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
 
 
@@ -420,10 +414,10 @@ def test_derivative_whoever_asks_for_it(impl):
 def test_opcheck():
     T, C = 5, 3
     x, weight, bias, residual, g = inputs(T, 2, C, 4, 4, residual_layout="channels_last")
-    data, given = x.detach(), (weight.detach(), bias.detach())
+    x, residual = (rows(t.detach()).requires_grad_() for t in (x, residual))
+    g, data, given = rows(g), x.detach(), (weight.detach(), bias.detach())
     running = torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)
-    parts = module._statistics(data)
-    vectors = module._vectors(parts, *given, None, None, 0.1, 1e-5)
+    vectors = module._vectors(data, *given, None, None, 0.1, 1e-5, "", 1)
     neuron = 0.25, 0.5, 0.5
     train = x, residual, weight, bias, vectors, T, *neuron, True, "", 1, True
     spikes, bits = module._bn_lif(*train)
@@ -436,14 +430,15 @@ def test_opcheck():
 
     check(module._bn_lif, *train[:-1], False)
     check(module._bn_lif, x[:1], *train[1:])  # the same current at every step
-    check(module._statistics, data)
-    check(module._vectors, parts, *given, *running, 0.1, 1e-5)
-    check(module._vectors, parts, *given, None, None, 0.1, 1e-5)
-    check(module._reduce, g, bits, data, vectors, 0.25, 0.5)
-    sums = module._reduce(g, bits, data, vectors, 0.25, 0.5)
+    check(module._vectors, data, *given, *running, 0.1, 1e-5, "", 1)
+    check(module._vectors, data, *given, None, None, 0.1, 1e-5, "", 1)
     for training, ranks, need_dresidual in ((True, 1, True), (True, 2, False), (False, 1, True)):
-        check(module._backward, g, bits, data, vectors, sums, 0.25, 0.5, training, ranks,
+        check(module._backward, g, bits, data, vectors, 0.25, 0.5, training, "", ranks,
               need_dresidual)
+
+
+# of cuDNN's batch norm two backwards differ in the last bits: its sums have no fixed order
+BACKWARD = dict(cpu=0.0, cuda=1e-5)
 
 
 @both
@@ -460,8 +455,7 @@ def test_compile(impl):
         *tensors, g = inputs(4, B, 5, 4, 4, residual_layout="channels_last")
         eager, graph = f(eager_running, *tensors), compiled(running, *tensors)
         assert graph.equal(eager) and graph.stride() == eager.stride()
-        pairs = zip(gradients(graph, tensors, g), gradients(eager, tensors, g))
-        assert all(a.equal(b) for a, b in pairs)
+        close(gradients(graph, tensors, g), gradients(eager, tensors, g), BACKWARD[DEVICE])
         with torch.no_grad():
             assert compiled(running, *tensors).equal(f(eager_running, *tensors))
         assert all(a.equal(b) for a, b in zip(running, eager_running))
@@ -487,27 +481,69 @@ def test_autocast(impl):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
 def test_recorded_in_a_cuda_graph():
-    *tensors, g = inputs(4, 2, 10, 4, 4, residual_layout="channels_last")
     running = torch.zeros(10, device=DEVICE), torch.ones(10, device=DEVICE)
+    # leaves, warm-up and recording on one stream, which their gradients then belong to
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        *tensors, g = inputs(4, 2, 10, 4, 4, residual_layout="channels_last")
 
-    def step():
-        spikes = bn_lif(*tensors, *running, impl="triton")
-        return spikes, *gradients(spikes, tensors, g)
+        def step():
+            spikes = bn_lif(*tensors, *running, impl="triton")
+            return spikes, *gradients(spikes, tensors, g)
 
-    expected = step()  # compiles, too
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+        expected = step()  # compiles, too
+    with torch.cuda.graph(graph, stream=stream):
         recorded = step()
     graph.replay()
+    torch.cuda.synchronize()
     assert all(a.equal(b) for a, b in zip(recorded, expected))
+
+
+@pytest.mark.parametrize("residual", [None, "channels_last", "contiguous"])
+@both
+def test_bn_relu_is_batch_norm_add_and_relu(residual, impl):
+    x, weight, bias, added, _ = inputs(1, 3, 70, 5, 5, residual_layout=residual)
+    x, added = x[0].detach(), None if added is None else added[0].detach()
+    bn = torch.nn.BatchNorm2d(70, device=DEVICE).eval()
+    with torch.no_grad():
+        bn.weight.copy_(weight), bn.bias.copy_(bias)
+        bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+        expected = bn(x) if added is None else bn(x) + added
+        vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+        got = bn_relu(x, *vectors, added, impl=impl)
+        torch.testing.assert_close(got, expected.relu(), rtol=1e-5, atol=1e-5)
+        half = bn_relu(x.bfloat16(), *vectors, added, impl=impl)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), got, rtol=0.03, atol=0.03)
+        x[0, 0, 0, 0] = torch.nan  # as F.relu: no mistake is hidden
+        assert bn_relu(x, *vectors, impl=impl)[0, 0, 0, 0].isnan()
+
+
+@both
+@pytest.mark.parametrize("training", [True, False])
+def test_vectors_of_16_bits(training, impl):
+    """net.bfloat16(): the arithmetic is fp32, what is kept is rounded."""
+    x, weight, bias, _, g = inputs(4, 2, 5, 4, 4, dtype=torch.bfloat16)
+    narrow = [v.detach().bfloat16().requires_grad_() for v in (weight, bias)]
+    running = [torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)]
+    narrow_running = [v.bfloat16() for v in running]
+    spikes = bn_lif(x, *narrow, None, *narrow_running, training=training, impl=impl)
+    wide = [v.detach().float().requires_grad_() for v in narrow]
+    expected = bn_lif(x, *wide, None, *running, training=training, impl=impl)
+    assert spikes.equal(expected)
+    for a, b in zip(narrow_running, running):
+        assert a.dtype == torch.bfloat16 and a.equal(b.bfloat16())
+    for a, b in zip(gradients(spikes, narrow, g), gradients(expected, wide, g)):
+        assert a.equal(b.bfloat16())
 
 
 def test_wrong_arguments():
     x, weight, bias, residual, _ = inputs(4, 2, 5, 4, 4, residual_layout="channels_last")
     for error, words, args, options in (
-            (ValueError, "T given", (x[0], weight, bias), {}),
+            (ValueError, "T = None", (x[0], weight, bias), {}),
             (ValueError, "T = 3", (x, weight, bias), dict(T=3)),
-            (ValueError, "T must", (x[0], weight, bias), dict(T=0)),
+            (ValueError, "T = 4", (x.transpose(0, 1), weight, bias), dict(T=4)),
+            (ValueError, "T = 0", (x[0], weight, bias), dict(T=0)),
             (ValueError, "residual", (x, weight, bias, residual[:2]), {}),
             (ValueError, "weight", (x, weight[:3], bias), {}),
             (ValueError, "together", (x, weight, bias), dict(running_mean=bias)),

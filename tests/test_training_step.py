@@ -15,7 +15,7 @@ spec.loader.exec_module(training_step)
 def test_another_threshold_is_another_network(monkeypatch):
     ours, theirs = training_step.check(width=4)
     assert ours == pytest.approx(theirs, rel=1e-6)
-    monkeypatch.setattr(training_step.bench, "V_TH", 0.51)  # SpikingJelly's alone
+    monkeypatch.setitem(training_step.bench.NEURON, "v_th", 0.51)  # SpikingJelly's alone
     with pytest.raises(SystemExit, match="another network"):
         training_step.check(width=4)
 

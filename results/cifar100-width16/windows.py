@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project, from wherever this is started
-from train_teacher import load_checkpoint, load_data, load_network  # noqa: E402
+from train_teacher import load_checkpoint, load_data  # noqa: E402
 from transfer_init import BatchNormLIF, SpikingResNet  # noqa: E402
 
 
@@ -48,10 +48,10 @@ def measure(path, fresh=False):
     config = checkpoint["config"]
     data = load_data(config["dataset"], config["data_dir"]).to("cpu", torch.float32)
     images = data.normalize(data.train_x[:512].permute(0, 3, 1, 2))
-    model, shares = load_network(SpikingResNet, checkpoint, path, "make it again"), {}
-    if fresh:
-        torch.manual_seed(config["seed"])
-        model = SpikingResNet(**checkpoint["arch"])
+    torch.manual_seed(config["seed"])
+    model, shares = SpikingResNet(**checkpoint["arch"]), {}
+    if not fresh:
+        model.load_state_dict(checkpoint["model"])
     for name, module in model.named_modules():
         if isinstance(module, BatchNormLIF):
             module.register_forward_hook(partial(record, shares, name), with_kwargs=True)
