@@ -98,6 +98,8 @@ def parse_args(argv=None):
         fail("runs as one process: call it without torchrun")
     if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
         fail("argument --export: takes the word nir, a file to write, and one checkpoint")
+    if args.plot and (args.predict or args.export) or args.export and (args.predict or args.json):
+        fail("--predict and --export stand alone: neither evaluates, so that --plot has nothing")
     if args.plot:
         os.environ["MPLBACKEND"] = "agg"  # files alone; a notebook leaves its own backend there
         import matplotlib  # noqa: F401  a missing package shows now, not after the pass
@@ -460,7 +462,7 @@ def main(argv=None):
     # checkpoints of any stage, and the networks in them
     runs, models = [], []
     for path in args.checkpoints:
-        checkpoint = load_checkpoint(path, "teacher", "init", "idsnn")
+        checkpoint = load_checkpoint(path)
         kind = ResNet if checkpoint["stage"] == "teacher" else SpikingResNet
         model = kind(**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])

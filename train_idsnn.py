@@ -3,8 +3,9 @@ section 3.3)  ->  idsnn.pt
 
     python train_idsnn.py                          # from snn_init.pt, by the paper's recipe
     torchrun --nproc-per-node 4 train_idsnn.py     # four GPUs, the same global batch and result
-    python train_idsnn.py --no-init --no-kd        # Table 3's baseline; either flag alone: the rest
-    python train_idsnn.py --milestones 10,20,30 --epochs 100   # Table 4
+    # Table 3's baseline, either flag alone the rows between; Table 4
+    python train_idsnn.py --no-init --no-kd --out baseline.pt
+    python train_idsnn.py --milestones 10,20,30 --epochs 100 --out table4.pt
     python train_idsnn.py --init idsnn.pt --out tuned.pt       # from a trained one, onwards
 
 From top to bottom: the recipe, the loss, the firing rates, the teacher, main().
@@ -36,6 +37,7 @@ from train_teacher import (
     earlier_run,
     evaluator,
     fail,
+    grouped,
     learning_rate,
     load_checkpoint,
     load_data,
@@ -88,7 +90,7 @@ def parse_args(argv=None):
     if os.path.exists(path):
         init = load_checkpoint(path, "init", "idsnn")
         p.set_defaults(**{k: init["arch"][k] for k in NEURON}, dataset=init["config"]["dataset"])
-    else:  # only --help can be answered
+    else:  # only --help can be answered; no str, which argparse would parse as the flag's value
         p.set_defaults(**dict.fromkeys([*NEURON, "dataset"], Path("as in --init")))
     args = p.parse_with_recipe(argv, RECIPES, DIGITS)
     if init is None:
@@ -100,17 +102,18 @@ def parse_args(argv=None):
 
 # -------------------------------------------------------------------------------------------- loss
 def objective(scores, labels, teacher_scores, alpha, temperature, per_step=False):
-    """Cross-entropy, distillation and their weighted sum, eq. 5 to 8.
+    """Cross-entropy, distillation and their weighted sum, eq. 6 to 8.
 
     scores: (T, B, K) of the student. labels: (B,). teacher_scores: (B, K), or None for none. The
     paper asks both of the mean over T, per_step of every step (TET, Deng et al. 2022).
     """
     answers = scores if per_step else scores.mean(0, keepdim=True)  # (T or 1, B, K)
     steps = len(answers)
-    ce = F.cross_entropy(answers.flatten(0, 1), labels.repeat(steps))
+    answers = answers.flatten(0, 1)                        # -> (T*B or B, K), T outermost
+    ce = F.cross_entropy(answers, labels.repeat(steps))    # labels (B,) -> (T*B or B,)
     kd = torch.zeros_like(ce)
     if teacher_scores is not None:
-        kd = distillation(answers.flatten(0, 1), teacher_scores.repeat(steps, 1), temperature)
+        kd = distillation(answers, teacher_scores.repeat(steps, 1), temperature)
     return ce, kd, ce + alpha * kd
 
 
@@ -143,7 +146,7 @@ class FiringRates:
 
     def read(self, images):
         """{layer: rate} over so many images that all processes saw together; starts anew."""
-        if world_size() > 1:
+        if grouped():
             dist.all_reduce(self.spikes)
         spikes = (self.spikes / images).tolist()
         self.spikes.zero_()
@@ -177,14 +180,17 @@ def load_teacher(args, init, data):
     parent = init["parents"].get("teacher")
     if not (args.teacher or parent):
         fail(f"{args.init} names no teacher: say --teacher, or --no-kd")
-    path = args.teacher or parent["path"]
-    beside = Path(args.init).with_name(Path(path).name)
-    if not os.path.exists(path) and beside.exists():  # both files were moved
-        path = str(beside)
+    path = args.teacher
+    if not path:  # as recorded, or beside the file that records it, where both were moved
+        path, beside = parent["path"], Path(args.init).with_name(Path(parent["path"]).name)
+        if not os.path.exists(path) and beside.exists():
+            path = str(beside)
     checkpoint = load_checkpoint(path, "teacher")
     if not args.teacher and checkpoint["sha256"] != parent["sha256"]:
         fail(f"{path} has changed since {args.init} was made from it: say --teacher {path}")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
+    if checkpoint["data"]["sha256"] != data.sha256:
+        print(f"{path} was trained on other pixels: it sees these normalised by their own mean")
     teacher = ResNet(**checkpoint["arch"])
     teacher.load_state_dict(checkpoint["model"])
     return teacher, dict(path=path, sha256=checkpoint["sha256"])
@@ -236,6 +242,7 @@ def main(argv=None):
 
     # resume: weights, momentum and history of an interrupted run of the same flags
     run = TrainingRun(args, data, model, optimizer, scaler, earlier,
+                      next_command=f"python eval.py {shlex.quote(args.out)}",
                       stage="idsnn", arch=arch, parents=parents)
     if run.finished:
         return
@@ -268,7 +275,7 @@ def main(argv=None):
     def predict(images, index):  # the answer is the mean over T, in the weights' precision
         with autocast:
             inputs = model.encode(images, data, index, args.seed * 10_000)
-            return model(inputs).to(dtype).mean(0)
+            return model(inputs).to(dtype).mean(0)  # (T, B, K) -> (B, K)
 
     train_step = recorded(step, args, device)
     evaluate = evaluator(predict, data, args)
@@ -284,7 +291,8 @@ def main(argv=None):
         start="fresh weights (--no-init)" if args.no_init else args.init,
         teacher=f"{taught_by}, alpha {args.alpha:g}, temperature {args.temperature:g}",
         loss="of every time-step" if args.per_step else "of the mean over T",
-        kernels=choose_impl(model.fc.weight, args.T, None), data=data)
+        kernels=choose_impl(model.fc.weight, args.T) if args.detach_reset else "reference",
+        data=data)
     with run.bar:
         for epoch in range(len(run.history), args.epochs):
             model.train()
@@ -313,8 +321,7 @@ def main(argv=None):
             for line in firing_warnings(rates):
                 print(f"warning: {line}")
 
-    # save: the last weights; then what to run next
-    run.finish(f"python eval.py {shlex.quote(args.out)}")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch import nn
 from kernels import BatchNorm2d, bn_relu
 
 # ------------------------------------------------------------------------------------------ recipe
-# paper, section 4.1; where it is silent (milestones, crop, flip) the authors' code
+# paper, sections 4.1 and (milestones) 4.4; where it is silent (crop, flip) the authors' code
 PAPER = dict(
     epochs=200,         # passes over the training set
     batch_size=64,      # images a step, over all processes
@@ -156,14 +156,14 @@ class Images:
             setattr(self, name, getattr(self, name).to(device))
         # made once, because a recorded CUDA graph remembers addresses
         levels = 255 * torch.tensor([self.mean, self.std], dtype=dtype, device=device)  # (2, C)
-        self.offset, self.scale = levels.view(2, -1, 1, 1)
+        self.mean_level, self.std_level = levels.view(2, -1, 1, 1)
         self.layout = layout
         return self
 
     def normalize(self, x):
         """uint8 (B, C, H, W) -> zero mean and unit variance a channel over the training set."""
         # in the network's own memory format: the images' would be kept by all that follows
-        return ((x - self.offset) / self.scale).clone(memory_format=self.layout)
+        return ((x - self.mean_level) / self.std_level).clone(memory_format=self.layout)
 
     def describe(self):
         """What a checkpoint records of the data."""
@@ -274,8 +274,8 @@ class Batches:
         self.data, self.args, pad = data, args, args.crop_padding
         self.steps = len(data.train_y) // args.batch_size  # an epoch
         if self.steps == 0:
-            fail(f"argument --batch-size: {args.batch_size} is more than the "
-                 f"{len(data.train_y)} training images")
+            fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} "
+                 "training images: give a smaller one, and an --lr scaled likewise")
         # zeros on the raw pixels, as torchvision's RandomCrop
         self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))
         self.rows, self.cols = (torch.arange(n, device=self.padded.device) for n in (H, W))
@@ -392,7 +392,7 @@ class ResNet(nn.Module):
     def features(self, x):
         """Stem's activations (B, width, H, W) -> (B, features)."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
-        return x.mean((2, 3))
+        return x.mean((2, 3))  # (B, C, H, W) -> (B, C)
 
     def forward(self, x):
         """(B, in_channels, H, W) -> class scores (B, num_classes)."""
@@ -427,7 +427,7 @@ def evaluator(predict, data, args):
                 count_whole()
             else:  # the last one, shorter than what was recorded
                 count(batch)
-        if world_size() > 1:
+        if grouped():
             dist.all_reduce(sums)
         correct, loss = (sums / N).tolist()
         return 100 * correct, loss
@@ -465,7 +465,10 @@ def main(argv=None):
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
     # resume: weights, momentum and history of an interrupted run of the same flags
+    depth = "" if DEPTHS[args.depth][0] is BasicBlock else f" --depth {args.depth}"
     run = TrainingRun(args, data, model, optimizer, scaler, earlier,
+                      # bottlenecks fill bottlenecks alone
+                      next_command=f"python transfer_init.py --src {shlex.quote(args.out)}{depth}",
                       stage="teacher", arch=arch, parents={})
     if run.finished:
         return
@@ -522,9 +525,7 @@ def main(argv=None):
                 images_per_s=batches.steps * args.batch_size / trained,
                 seconds=time.time() - began))
 
-    # save: the last weights; then what to run next (bottlenecks fill bottlenecks alone)
-    depth = "" if DEPTHS[args.depth][0] is BasicBlock else f" --depth {args.depth}"
-    run.finish(f"python transfer_init.py --src {shlex.quote(args.out)}{depth}")
+    run.finish()
 
 
 # ---------------------------------------------------------- shared by all stages: flags and errors
@@ -591,7 +592,7 @@ def output(text):
 
 def fail(message):
     """End with one line on stderr: the user's mistake. Of many processes one a node says it."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if rank("LOCAL_RANK") == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -606,17 +607,23 @@ def run_script(main):
     finally:
         # after an error NCCL would wait for messages that never come; the exit ends it too
         failed = sys.exc_info()[0] is not None
-        if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        if grouped() and not (failed and dist.get_backend() == "nccl"):
             dist.destroy_process_group()
 
 
 # ----------------------------------------------------------- shared by all stages: device and step
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank(name="RANK"):
+    """Of this process; "LOCAL_RANK": on its machine. 0 of one alone, whatever a shell has left."""
+    return int(os.environ.get(name) or 0) if world_size() > 1 else 0
+
+
+def grouped():
+    """Whether this process is one of a process group, as torchrun starts them."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def setup(args):
@@ -626,7 +633,7 @@ def setup(args):
     if cuda and not torch.cuda.is_available():
         fail("argument --device: cuda, but PyTorch sees no GPU")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", rank("LOCAL_RANK"))
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
         # glibc maps and clears each tensor above 32 MB anew, a fifth of a step: keep what was freed
@@ -683,14 +690,14 @@ def refuse_narrow(data, stem, args):
 
 def average(tensor):
     """Mean over the processes, in place."""
-    if world_size() > 1:
+    if grouped():
         dist.all_reduce(tensor)  # their sum
-        tensor /= world_size()  # gloo has no average of its own
+        tensor /= dist.get_world_size()  # gloo has no average of its own
 
 
 def average_gradients(model):
     """Mean of the gradients over the processes: one message, of which they become views."""
-    if world_size() == 1:
+    if not grouped():
         return
     parameters = list(model.parameters())
     sizes = [p.numel() for p in parameters]
@@ -773,6 +780,8 @@ def earlier_run(stage, args):
     checkpoint = load_checkpoint(left[0], stage)
     free = ("out", "fresh", "data_dir", "device", "graph",  # where and how it runs
             "init", "teacher")                              # files, compared by their content
+    if os.path.isdir(args.dataset):
+        free += ("dataset",)                                # likewise, once it is loaded
     old, new = checkpoint["config"], vars(args)
     # a flag that an edit has added is in no old file, and stops nothing
     other = [k for k in new if k in old and k not in free and old[k] != new[k]]
@@ -793,8 +802,9 @@ class TrainingRun:
         firing=(" firing %", "9.2f"), lr=("     lr", "7.2g"),
         images_per_s=(" images/s", "9,.0f"), seconds=(" seconds", "8.0f"))
 
-    def __init__(self, args, data, model, optimizer, scaler, earlier, **contract):
+    def __init__(self, args, data, model, optimizer, scaler, earlier, next_command, **contract):
         self.args, self.data, self.model = args, data, model
+        self.next_command = next_command
         self.optimizer, self.scaler = optimizer, scaler
         self.history = []  # of rows, an epoch each
         self.contract = contract | dict(
@@ -814,12 +824,13 @@ class TrainingRun:
         files = dict(dataset=self.contract["data"], **self.contract["parents"])
         for flag, file in files.items():
             old = earlier["data"] if flag == "dataset" else earlier["parents"].get(flag)
-            if old is None or old["sha256"] != file["sha256"]:
+            if old is None or any(old.get(k) != file.get(k) for k in ("sha256", "classes")):
                 fail(f"{self.args.out} was begun with another --{flag}: say --fresh to start over, "
                      "or another --out")
         if "optimizer" not in earlier:
             self.finished = True
-            print(f"{self.args.out} is finished: nothing to do (--fresh makes it anew)")
+            print(f"{self.args.out} is finished: nothing to do (--fresh makes it anew); "
+                  f"next: {self.next_command}")
             return
         rate = self.optimizer.param_groups[0]["lr"]
         self.model.load_state_dict(earlier["model"])
@@ -832,9 +843,12 @@ class TrainingRun:
         """Print the facts of the run; begin the log, with the epochs of an interrupted run."""
         args, device = self.args, self.data.train_x.device
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        facts["device"] = (f"{card}, {args.precision}, {world_size()} processes, "
+        facts["device"] = (f"{card}, {args.precision}, processes: {world_size()}, "
                            f"torch {torch.__version__}")
-        facts["recipe"] = ", ".join(f"{k} {getattr(args, k)}" for k in [*PAPER, "seed"])
+        recipe = [*PAPER, "seed"]
+        if args.schedule == "step":
+            recipe.append("milestones")
+        facts["recipe"] = ", ".join(f"{k} {getattr(args, k)}" for k in recipe)
         if self.history:
             facts["resumed"] = f"{self.last}, after epoch {len(self.history)}"
         for name, fact in facts.items():
@@ -843,7 +857,9 @@ class TrainingRun:
         self.columns = {k: v for k, v in self.COLUMNS.items() if fires or k != "firing"}
         print(*[title for title, _ in self.columns.values()], flush=True)
         self.log = open(f"{args.out}.jsonl" if rank() == 0 else os.devnull, "w", buffering=1)
-        for row in [{k: str(v) for k, v in facts.items()}, *self.history]:
+        began = {k: str(v) for k, v in facts.items()}
+        began |= dict(command=shlex.join(sys.argv), config=vars(args))
+        for row in [began, *self.history]:
             print(json.dumps(row), file=self.log)
 
     def progress(self, epoch, done, steps, sums, began):
@@ -861,9 +877,10 @@ class TrainingRun:
 
     def end_epoch(self, row):
         """Print and log the epoch; save it if the last save is a minute old."""
-        # a spiking layer of NaNs is merely silent: the losses alone would not tell
-        with torch.no_grad():
-            norm = nn.utils.get_total_norm(self.model.parameters()).item()
+        # the losses alone would not tell: a spiking layer of NaNs is merely silent, and a step that
+        # fp16's scaler skips leaves its NaNs in the running statistics
+        state = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+        norm = nn.utils.get_total_norm(state).item()
         if not math.isfinite(row["loss"] + row["test_loss"] + norm):
             fail(f"loss or weights are not finite in epoch {row['epoch']}: try a lower --lr")
         print(*[f"{row[k]:{form}}" for k, (_, form) in self.columns.items()], flush=True)
@@ -874,14 +891,14 @@ class TrainingRun:
                             scaler=self.scaler.state_dict(), **self.contract)
             self.saved = time.time()
 
-    def finish(self, next_command):
+    def finish(self):
         """Write <out>, delete <out>.last, say what comes next."""
         if rank() == 0:
             save_checkpoint(self.args.out, self.model, **self.contract)
             Path(self.last).unlink(missing_ok=True)
         last, best = self.history[-1]["test_acc"], max(row["test_acc"] for row in self.history)
         print(f"{self.args.out}: test accuracy {last:.2f}%, best epoch {best:.2f}%; "
-              f"next: {next_command}")
+              f"next: {self.next_command}")
 
 
 if __name__ == "__main__":

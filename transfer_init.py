@@ -87,10 +87,11 @@ def parse_args(argv=None):
     add("--out", type=output, default="snn_init.pt", help="checkpoint to write, anew each time")
 
     # width and data are by default the teacher's, if its file names any; it decides, so read it
+    # (no str, which argparse would parse as the flag's value)
     p.set_defaults(width=Path("the teacher's"), dataset=Path("the teacher's"), **asdict(Neuron()))
     src = p.first_pass(argv).src
     if src:
-        teacher = load_teacher(src)
+        teacher = load_source(src)
         dataset = teacher["config"].get("dataset", "cifar100")
         p.set_defaults(width=teacher["arch"]["width"], dataset=dataset)
     args = p.parse_args(argv)
@@ -114,7 +115,8 @@ def add_neuron_flags(p):
 
 # ------------------------------------------------------------------------------ spiking network
 class BatchNormLIF(BatchNorm2d):
-    """Batch norm over T, B, H, W, optional residual add, LIF: BatchNormReLU's place in the student.
+    """Batch norm (eq. 5) over T, B, H, W, optional residual add, LIF: what BatchNormReLU is in the
+    teacher.
 
     Here the neuron can be changed, and here firing rates are observed (a hook on the output).
     x and residual: (T*B, C, H, W), T outermost -> spikes of that shape, 0 or 1. static=True: x is
@@ -302,7 +304,7 @@ def size(tensor):
 
 
 # ------------------------------------------------------------------------- weights from elsewhere
-def load_teacher(path):
+def load_source(path):
     """A checkpoint of train_teacher.py, or a ResNet's weights from elsewhere in the same form:
     `model` and `arch` as read off them, `data` None, `config` empty."""
     content, sha256 = read_safetensors(path) if path.endswith(".safetensors") else read(path)
@@ -321,7 +323,7 @@ def load_teacher(path):
     # a ResNet's number counts its first convolution, those of its blocks, and the classifier
     depth = 2 + len([k for k in weights if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", k)])
     stem = weights.get("conv1.weight", torch.empty(0)).shape
-    if depth not in DEPTHS or len(stem) != 4 or 0 in stem:
+    if depth not in DEPTHS or 0 in stem:
         fail(f"{path} is a network of {depth} layers, whose first kernels are {tuple(stem)}")
 
     # a network without memory takes them, and tells what does not fit
@@ -332,8 +334,8 @@ def load_teacher(path):
         with torch.device("meta"):
             net = ResNet(**arch | dict(num_classes=max(classes, 1)))
         missing, extra = net.load_state_dict(weights, strict=False, assign=True)
-        # old PyTorch kept no counter; squeeze-and-excitation would change what the network computes
-        wrong = [k for k in missing if not k.endswith("num_batches_tracked") and k[:3] != "fc."]
+        wrong = [k for k in missing if k[:3] != "fc."]
+        # squeeze-and-excitation, say, would change what the network computes
         wrong += [k for k in extra if k.startswith(("conv", "bn", "layer"))]
         wrong += [k for k, v in weights.items() if not v.isfinite().all()]
         wrong += [k for k, v in weights.items() if k.endswith("running_var") and v.min() < 0]
@@ -426,7 +428,8 @@ def main(argv=None):
     rows = transfer(student, teacher["model"], args.block_map, args.shortcut, args.classifier)
 
     # save: the next stage reads all it needs to know from this file
-    parents = dict(teacher=dict(path=args.src, sha256=teacher["sha256"]))
+    source = "teacher" if taught else "source"  # foreign weights are no teacher of these data
+    parents = {source: dict(path=args.src, sha256=teacher["sha256"])}
     save_checkpoint(args.out, student, stage="init", arch=arch, config=vars(args), data=data,
                     parents=parents, history=[])
 
@@ -438,7 +441,9 @@ def main(argv=None):
         print("{:<25}{:<25}{}".format(*row))
     print(f"{args.out}: Spiking ResNet-{args.depth} ({args.block} blocks, width {args.width}, "
           f"T {args.T}) for {args.dataset}, from {args.src}")
-    hint = "" if taught else " --no-kd   (or --teacher, a checkpoint of train_teacher.py)"
+    if not taught:
+        print("no teacher of these data is known: train one and say --teacher, or --no-kd")
+    hint = "" if taught else " --no-kd"
     print(f"next: python train_idsnn.py --init {shlex.quote(args.out)}{hint}")
 
 

@@ -401,7 +401,7 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
         # about m, the first rank's mean, as the kernel's parts
         offset = mean - mean[0]
         s1, s2 = n * offset, n * (var + offset.square())
-        parts = torch.stack([s1, s2, mean - offset])
+        parts = torch.stack([s1, s2, mean])  # of the last the first row alone is read
     _combine(
         _vectors_kernel, parts, C, weight, bias, running_mean, running_var, vectors,
         ranks * n, momentum, eps)
@@ -436,7 +436,7 @@ def _bn_lif(
 @torch.library.custom_op(f"{OPS}::bn_lif_backward", mutates_args=(), schema="""(
     Tensor g, Tensor bits, Tensor x, Tensor vectors, float decay, float lens, bool training,
     str group, SymInt ranks, bool need_dresidual) -> (Tensor, Tensor, Tensor)""")
-def _backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
+def _bn_lif_backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
     """dx; dresidual, empty unless needed; (4, C), whose last two are dbias and dweight / ranks."""
     dx, dresidual, means = _new_gradients(g, x, vectors, need_dresidual)
     parts = _new_parts(x, len(g), 2)
@@ -488,7 +488,7 @@ _bn_relu.register_fake(lambda x, *_: x.new_empty(x.shape))
 _vectors.register_fake(lambda x, weight, *_: weight.new_empty(5, len(weight)))
 _constants.register_fake(lambda weight, *_: weight.new_empty(5, len(weight)))
 _bn_lif.register_fake(lambda x, r, w, b, v, T, *rest: _new_outputs(x, T, save=rest[-1]))
-_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x, v, rest[-1]))
+_bn_lif_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x, v, rest[-1]))
 
 
 def _setup(ctx, inputs, output):
@@ -499,7 +499,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for the bits' gradient
 
 
-def _autograd(ctx, g, _):
+def _backward(ctx, g, _):
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
         raise RuntimeError("bn_lif has no second derivative: differentiate bn_lif_reference")
     x, vectors, *saved = ctx.saved_tensors
@@ -509,7 +509,7 @@ def _autograd(ctx, g, _):
         _, bits = _bn_lif(x, *saved, vectors, *ctx.options, True)
     _, decay, _, lens, training, group, ranks = ctx.options
     need_dresidual = ctx.needs_input_grad[1]
-    dx, dresidual, means = _backward(
+    dx, dresidual, means = _bn_lif_backward(
         g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual)
     if not need_dresidual:
         dresidual = None
@@ -518,7 +518,7 @@ def _autograd(ctx, g, _):
     return dx, dresidual, dweight, dbias, *[None] * 9  # of the options there is none
 
 
-_bn_lif.register_autograd(_autograd, setup_context=_setup)
+_bn_lif.register_autograd(_backward, setup_context=_setup)
 
 
 # ---------------------------------------------------------------------------- what users call

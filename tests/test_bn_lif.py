@@ -1,4 +1,4 @@
-"""bn_lif against its specification, against nn.BatchNorm2d, and against finite differences."""
+"""bn_lif against its specification and against nn.BatchNorm2d."""
 
 import importlib
 import os
@@ -82,18 +82,15 @@ def statistics(x):
 # ---------------------------------------------------------------------------- the kernels
 
 # shape, layout, residual's layout, neuron, dtype. rows and channels off and on the tiles' sizes,
-# T on and off whole bytes, C a divisor of 64, a multiple, neither; B*H*W folds or does not
+# T on and off whole bytes
 CASES = [
     ((1, 3, 5, 7, 9), "channels_last", None, {}, torch.float32),
     ((2, 2, 16, 4, 4), "channels_last", "channels_last", dict(eps=0.3), torch.float32),
-    ((3, 2, 3, 5, 5), "contiguous", "contiguous", {}, torch.float32),
-    ((4, 5, 2, 15, 16), "contiguous", None, {}, torch.float32),
     ((4, 3, 96, 3, 5), "channels_last", "contiguous", {}, torch.float32),
     ((4, 2, 10, 4, 4), "channels_last", "channels_last", {}, torch.float32),
     ((4, 2, 5, 4, 4), "contiguous", "channels_last", dict(v_th=0.3, decay=0.7, lens=0.4),
      torch.float32),
     ((4, 3, 3, 5, 5), "batch_outermost", "batch_outermost", {}, torch.float32),
-    ((4, 9, 3, 1, 1), "contiguous", "contiguous", {}, torch.float32),
     ((8, 2, 16, 3, 3), "channels_last", None, {}, torch.float32),
     ((32, 2, 5, 3, 3), "channels_last", "channels_last", dict(decay=0.9), torch.float32),
     ((4, 3, 16, 5, 5), "channels_last", "channels_last", {}, torch.bfloat16),
@@ -140,8 +137,10 @@ def test_kernels_equal_specification(shape, layout, residual_layout, neuron, dty
 @needs_triton
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_sums_over_many_tiles(layout, monkeypatch):
-    """Programs of a reduction that take several tiles each, the last one cut."""
-    monkeypatch.setattr(module, "REDUCING", 3)
+    """Programs of a reduction take several tiles each, the kernels that combine their parts two
+    tiles of parts; the last one cut."""
+    for name, size in dict(TILE=256, REDUCING=6, PARTS=4).items():
+        monkeypatch.setattr(module, name, size)
     *tensors, g = inputs(4, 5, 3, 19, 23, layout, layout)
     running = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
     spikes = bn_lif(*tensors, *running, momentum=1.0, impl="triton")
@@ -149,16 +148,6 @@ def test_sums_over_many_tiles(layout, monkeypatch):
     torch.testing.assert_close(running[0], x.mean(ALL).float(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(running[1], x.var(ALL).float(), rtol=1e-6, atol=0)
     expected = bn_lif_reference(*tensors)
-    assert spikes.equal(expected)
-    close(gradients(spikes, tensors, g), gradients(expected, tensors, g), 1e-5)
-
-
-@needs_triton
-def test_more_parts_than_a_tile_of_the_combining_kernels(monkeypatch):
-    monkeypatch.setattr(module, "TILE", 64)
-    monkeypatch.setattr(module, "PARTS", 4)
-    *tensors, g = inputs(2, 3, 3, 8, 8)
-    spikes, expected = bn_lif(*tensors, impl="triton"), bn_lif_reference(*tensors)
     assert spikes.equal(expected)
     close(gradients(spikes, tensors, g), gradients(expected, tensors, g), 1e-5)
 
@@ -175,33 +164,20 @@ def test_large_mean_small_variance():
         torch.testing.assert_close(var, exact_var.float(), rtol=1e-4, atol=0)
 
 
-@needs_triton
-def test_repeats_bit_for_bit():
-    *tensors, g = inputs(4, 3, 16, 9, 9, residual_layout="channels_last")
-    runs = []
-    for _ in range(2):
-        spikes = bn_lif(*tensors, impl="triton")
-        runs.append((spikes, *gradients(spikes, tensors, g)))
-    assert all(a.equal(b) for a, b in zip(*runs))
-
-
 # ---------------------------------------------------------------------------- both paths
 
 @pytest.mark.parametrize("detach_reset, impl", [
     (True, "torch"), (False, "torch"), pytest.param(False, "triton", marks=needs_triton)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_composition_is_close_to_specification(detach_reset, dtype, impl):
+def test_composition_is_close_to_specification(detach_reset, impl):
     """Batch norm, add, lif: an fp32 current for bf16 input too, so hardly a spike differs."""
-    options = dict(detach_reset=detach_reset, lens=0.6)
-    for layout in ("channels_last", "contiguous"):
-        *tensors, g = inputs(4, 3, 16, 6, 6, layout, layout, dtype)
-        for run in (tensors, [*tensors[:3], None]):
-            expected = bn_lif_reference(*run, **options)
-            spikes = bn_lif(*run, impl=impl, **options)
-            assert spikes.dtype == dtype and spikes.stride() == run[0].stride()
-            assert (spikes != expected).float().mean() < 1e-3
-            bound = BOUND[dtype] if spikes.equal(expected) else 0.05
-            close(gradients(spikes, run, g), gradients(expected, run, g), bound)
+    options = dict(detach_reset=detach_reset, eps=0.01, decay=0.4, v_th=0.4, lens=0.6)
+    *tensors, g = inputs(4, 3, 16, 16, 16, "contiguous", "contiguous", torch.bfloat16)
+    for run in (tensors, [*tensors[:3], None]):
+        expected = bn_lif_reference(*run, **options)
+        spikes = bn_lif(*run, impl=impl, **options)
+        assert spikes.dtype == torch.bfloat16
+        assert (spikes != expected).float().mean() < 1e-4  # of a bf16 current three times as many
+        close(gradients(spikes, run, g), gradients(expected, run, g), 0.05)
 
 
 @both
@@ -218,11 +194,7 @@ def test_same_current_at_every_step(detach, impl):
             fused = impl == "triton" and detach  # in channels-last memory, whatever x is in
             like = laid(x, "channels_last") if fused else x
             assert spikes.equal(expected) and spikes.stride()[1:] == like.stride()[1:]
-            grads = gradients(expected, (x, *rest), g)
-            close(gradients(spikes, (x, *rest), g), grads, 1e-5)
-        expanded = bn_lif(x.expand(T, -1, -1, -1, -1), weight, bias, **options)
-        assert expanded.equal(spikes)
-        close(gradients(expanded, (x, weight, bias), g), grads, 1e-5)
+            close(gradients(spikes, (x, *rest), g), gradients(expected, (x, *rest), g), 1e-5)
 
 
 @both
@@ -264,39 +236,6 @@ def test_float64_equals_batch_norm_module(detach):
         assert statistics[0].equal(bn.running_mean) and statistics[1].equal(bn.running_var)
         close(gradients(spikes, tensors, g),
               gradients(expected, (x, bn.weight, bn.bias, residual), g), 1e-12)
-
-
-def test_gradient_equals_finite_differences():
-    """Below threshold and inside the window the surrogate is the slope 1/(2 lens) everywhere: the
-    gradient is that of sum(g*U)/(2 lens), a smooth function, which central differences know
-    without any of our code."""
-    lens, decay, eps = 50.0, 0.6, 1e-3
-    *tensors, g = inputs(4, 2, 3, 4, 3, residual_layout="contiguous", dtype=torch.float64)
-
-    def loss(x, weight, bias, residual):
-        flat = x.transpose(1, 2).transpose(0, 1).flatten(1)  # (C, everything)
-        mean = flat.sum(1) / flat.shape[1]
-        var = (flat - mean[:, None]).pow(2).sum(1) / flat.shape[1]
-        scale = weight / (var + eps).sqrt()
-        y = (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None] + residual
-        u = total = 0
-        for t in range(4):
-            u = u * decay + y[t]
-            total = total + (g[t] * u).sum() / (2 * lens)
-        return total
-
-    spikes = bn_lif(*tensors, eps=eps, decay=decay, v_th=40.0, lens=lens)
-    assert spikes.sum() == 0
-    with torch.no_grad():
-        for i, gradient in enumerate(gradients(spikes, tensors, g)):
-            step = torch.randn_like(tensors[i])
-            ends = []
-            for sign in (1, -1):
-                moved = [t + sign * 1e-4 * step if j == i else t for j, t in enumerate(tensors)]
-                ends.append(loss(*moved))
-            numeric = (ends[0] - ends[1]) / 2e-4
-            error = (numeric - (gradient * step).sum()).abs()
-            assert error < 1e-7 * numeric.abs().clamp_min(0.1), f"gradient {i}"
 
 
 @both
@@ -344,22 +283,12 @@ def test_memory_layout_is_kept_without_a_copy(impl):
 @pytest.mark.parametrize("T", [4, 6])
 def test_saved_for_backward(T):
     *tensors, _ = inputs(T, 2, 16, 8, 8, residual_layout="channels_last")
-    x = tensors[0]
-
-    def saved(tensors):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t,
-                                                      lambda t: t):
-            spikes = bn_lif(*tensors, impl="triton")
-        return spikes, sum(sizes)
-
+    x, sizes = tensors[0], []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        bn_lif(*tensors, impl="triton")
     bits, vectors = x[0].numel() * ((T + 3) // 4), 5 * 16 * 4
-    assert saved(tensors)[1] == x.nbytes + bits + vectors
-    with torch.no_grad():
-        spikes, size = saved(tensors)
-        assert size == 0 and not spikes.requires_grad
-    spikes, size = saved([t.detach() for t in tensors])
-    assert size == 0 and not spikes.requires_grad
+    assert sum(sizes) == x.nbytes + bits + vectors
 
 
 @both
@@ -433,7 +362,7 @@ def test_opcheck():
     check(module._vectors, data, *given, *running, 0.1, 1e-5, "", 1)
     check(module._vectors, data, *given, None, None, 0.1, 1e-5, "", 1)
     for training, ranks, need_dresidual in ((True, 1, True), (True, 2, False), (False, 1, True)):
-        check(module._backward, g, bits, data, vectors, 0.25, 0.5, training, "", ranks,
+        check(module._bn_lif_backward, g, bits, data, vectors, 0.25, 0.5, training, "", ranks,
               need_dresidual)
 
 
@@ -549,25 +478,12 @@ def test_wrong_arguments():
             (ValueError, "together", (x, weight, bias), dict(running_mean=bias)),
             (ValueError, "training=False needs", (x, weight, bias), dict(training=False)),
             (ValueError, "more than one value", (x[:1, :1, :, :1, :1], weight, bias), {}),
-            (ValueError, "lens", (x, weight, bias), dict(lens=0)),
-            (TypeError, "decay requires a gradient", (x, weight, bias), dict(decay=bias[0])),
-            (TypeError, "float32", (x.int(), weight, bias), {})):
+            (ValueError, "lens", (x, weight, bias), dict(lens=0))):  # and as lif's
         with pytest.raises(error, match=words):
             bn_lif(*args, **options)
 
 
 # ---------------------------------------------------------------------------- several processes
-
-def _norm(x, g):
-    """BatchNorm2d: output, gradients, running statistics."""
-    bn = BatchNorm2d(x.shape[1], dtype=x.dtype)
-    torch.nn.init.constant_(bn.weight, 0.7)
-    y = bn(x)
-    dx, = torch.autograd.grad(y, x, g)
-    bn.eval()
-    return dict(y=y.detach(), dx=dx, mean=bn.running_mean, var=bn.running_var,
-                evaluated=bn(x).detach())
-
 
 def _rank(rank, world, folder):
     """One of `world` processes, with its share of the batch; world 1 has all of it."""
@@ -577,7 +493,9 @@ def _rank(rank, world, folder):
         torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank,
                                              world_size=world)
         group = torch.distributed.group.WORLD
-    assert BatchNorm2d(5).group == group
+    norm, images = BatchNorm2d(5).eval(), torch.arange(10.0).view(2, 5, 1, 1)
+    assert norm.group == group
+    torch.testing.assert_close(norm(images), images, rtol=1e-4, atol=0)  # running statistics 0, 1
     data = torch.load(os.path.join(folder, "data.pt"), weights_only=True)
     x, residual, g = (data[name].chunk(world, 1)[rank] for name in ("x", "residual", "g"))
     tensors = [t.detach().requires_grad_() for t in (x, data["weight"], data["bias"], residual)]
@@ -593,8 +511,7 @@ def _rank(rank, world, folder):
     if INTERPRET:
         single = [t.detach().float().requires_grad_() for t in tensors]
         result.append(run(bn_lif, single, impl="triton"))
-    norm = _norm(tensors[0].flatten(0, 1), g.flatten(0, 1))
-    torch.save((result, norm), os.path.join(folder, f"{rank}_of_{world}.pt"))
+    torch.save(result, os.path.join(folder, f"{rank}_of_{world}.pt"))
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -610,8 +527,8 @@ def test_two_processes_equal_one(tmp_path):
     _rank(0, 1, str(tmp_path))
     torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     names = "0_of_1.pt", "0_of_2.pt", "1_of_2.pt"
-    (alone, norm), *ranks = (torch.load(tmp_path / n, weights_only=True) for n in names)
-    for one, *two in zip(alone, *(r[0] for r in ranks), strict=True):  # eager, compiled; Triton
+    files = [torch.load(tmp_path / name, weights_only=True) for name in names]
+    for one, *two in zip(*files, strict=True):  # eager, compiled; Triton
         fp32 = one["spikes"].dtype == torch.float32
         near = dict(rtol=1e-5, atol=1e-5) if fp32 else dict(rtol=1e-12, atol=1e-13)
         assert torch.cat([r["spikes"] for r in two], 1).equal(one["spikes"])
@@ -622,10 +539,3 @@ def test_two_processes_equal_one(tmp_path):
             parts = [r["gradients"][i] for r in two]
             got = torch.cat(parts, 1) if i in (0, 3) else sum(parts)
             torch.testing.assert_close(got, whole, **near)
-    near = dict(rtol=1e-12, atol=1e-13)
-    for r, (y, dx, evaluated) in zip((r[1] for r in ranks), zip(*(
-            norm[name].unflatten(0, (4, 6)).chunk(2, 1) for name in ("y", "dx", "evaluated")))):
-        for name, whole in dict(y=y, dx=dx, evaluated=evaluated).items():
-            torch.testing.assert_close(r[name], whole.flatten(0, 1), **near)
-        torch.testing.assert_close(r["mean"], norm["mean"], **near)
-        torch.testing.assert_close(r["var"], norm["var"], **near)

@@ -188,3 +188,25 @@ def test_gradients_are_averaged_number_by_number(seen):
             for grad in gradients:
                 mean = torch.arange(grad.numel()) * (0 + 1) / 2
                 assert torch.equal(grad, mean.view(grad.shape))
+
+
+@pytest.mark.parametrize("script", ["train_teacher.py --dataset digits --width 8 --depth 18",
+                                    "train_idsnn.py"])
+@pytest.mark.parametrize("device", [
+    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_a_group_of_one_changes_nothing(here, script, device):
+    """On a GPU its all-reduce is recorded with the step."""
+    command = f"{script} --epochs 2 --device {device} --precision fp32 --deterministic"
+    call(f"{command} --out alone.pt")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                            f"file://{here}/rendezvous", rank=0, world_size=1)
+    try:
+        call(f"{command} --out grouped.pt")
+    finally:
+        dist.destroy_process_group()
+        torch.use_deterministic_algorithms(False)
+    alone, shared = load_checkpoint("alone.pt"), load_checkpoint("grouped.pt")
+    losses = [[row["loss"] for row in run["history"]] for run in (alone, shared)]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(v, shared["model"][k]) for k, v in alone["model"].items())

@@ -140,6 +140,14 @@ def test_processes(refused, monkeypatch):
     refused("transfer_init.py --src r34.pt", "one process", "without torchrun")
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_rank_that_a_shell_has_left(refused, monkeypatch, name):
+    """Without WORLD_SIZE there is one process, and it speaks."""
+    monkeypatch.setenv(name, "1")
+    refused("train_teacher.py --dataset nowhere --out new.pt --device cpu", "nowhere")
+    assert train_teacher.rank(name) == 0
+
+
 # ------------------------------------------------------------------------------------------- output
 @pytest.mark.parametrize("out,words", [
     ("nowhere/new.pt", "argument --out: nowhere/new.pt"),
@@ -230,6 +238,12 @@ def test_checkpoints_of_another_stage(refused, command, path, wanted):
 def test_a_parent_is_not_written_over(refused, fresh):
     for flags in ("--out snn_init.pt", "--init idsnn.pt", "--teacher r34.pt --out r34.pt"):
         refused(f"train_idsnn.py {flags} {fresh}", "argument --out")
+
+
+def test_a_teacher_that_is_named_is_looked_up_nowhere_else(refused):
+    """r34.pt lies beside snn_init.pt: only a recorded path is searched there."""
+    refused("train_idsnn.py --teacher elsewhere/r34.pt --device cpu --out new.pt",
+            "elsewhere/r34.pt cannot be read")
 
 
 def test_a_checkpoint_truncated_anywhere_is_refused(stages, tmp_path, capsys):

@@ -356,3 +356,19 @@ def test_what_is_not_finite_ends_with_one_line(quick, run, monkeypatch, script, 
     assert "not finite in epoch 3" in result.err and "--lr" in result.err
     assert epochs_in("x.pt.last") == 2 and not Path("x.pt").exists()
     assert all(v.isfinite().all() for v in load_checkpoint("x.pt.last")["model"].values())
+
+
+def test_statistics_that_are_not_finite_are_no_success(here, run, monkeypatch):
+    """Weights and losses stay finite where fp16's scaler skips the step, or a layer is silent."""
+    class Poisoned(train_idsnn.FiringRates):
+        def __init__(self, model):
+            super().__init__(model)
+            self.variance = model.bn1.running_var
+
+        def read(self, images):
+            self.variance[0] = torch.nan
+            return super().read(images)
+
+    monkeypatch.setattr(train_idsnn, "FiringRates", Poisoned)
+    result = run("train_idsnn.py --epochs 1 --device cpu --precision fp32 --fresh")
+    assert result.status == 2 and "not finite in epoch 1" in result.err
