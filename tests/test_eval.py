@@ -58,7 +58,8 @@ class Tiny(nn.Module):
         self.conv2 = nn.Conv2d(1, 2, 3, padding=1, bias=False)
         self.layer4 = BatchNormLIF(2, neuron)
         self.fc = nn.Linear(2, 3)
-        self.bn1.eps = self.layer4.eps = 0.0  # statistics 0 and 1: the batch norms do nothing
+        # statistics 0 and 1: the batch norms do nothing (torch 2.11 refuses an eps of 0)
+        self.bn1.eps = self.layer4.eps = 1e-12
         nn.init.ones_(self.conv1.weight)
         nn.init.zeros_(self.conv2.weight)
         self.conv2.weight.data[0, 0, 1, 1] = 2  # channel 0 repeats each spike, 1 is silent
