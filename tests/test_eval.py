@@ -259,6 +259,16 @@ def test_checkpoints_of_every_stage_side_by_side(evaluated):
     assert step["joules"] == pytest.approx(step["ann_joules"])
 
 
+def test_every_run_sees_images_normalised_as_its_own_training_did(evaluated):
+    """Runs share the pixels alone."""
+    checkpoint = torch.load("idsnn.pt", weights_only=True)
+    darker = checkpoint["data"] | dict(mean=[0.7])
+    torch.save(checkpoint | dict(data=darker), "darker.pt")
+    together = [run["steps"] for run in evaluated("darker.pt idsnn.pt").runs]
+    alone = [evaluated(path).runs[0]["steps"] for path in ("darker.pt", "idsnn.pt")]
+    assert together == alone and alone[0] != alone[1]
+
+
 def test_a_table_is_as_wide_as_what_it_says(capsys):
     stage4.show("a title", [
         {"run": "a", "T": 4, "test %": 67.754, "at": None, "n": 12345.678},
