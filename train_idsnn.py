@@ -72,14 +72,17 @@ def parse_args(argv=None):
     """(arguments, checkpoint of --init), which says what the network and its defaults are."""
     p = Parser("Stage 3: train the Spiking ResNet.")
     add = p.add_argument
+    # what is trained, and who teaches it
     add("--init", type=os.path.expanduser, default="snn_init.pt",
         help="network of transfer_init.py, or a trained one to be trained on")
     add("--teacher", type=os.path.expanduser,
         help="checkpoint of train_teacher.py to distil from (default: that of --init)")
+    # rows of Table 3
     add("--no-init", action="store_true", help="ablation: fresh weights of the same network")
     add("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
-    add("--per-step", action="store_true", help="the loss of every time-step: better cut short")
     add("--dataset", type=os.path.expanduser, help="cifar10, cifar100, digits, or a folder")
+    # the loss
+    add("--per-step", action="store_true", help="the loss of every time-step: better cut short")
     add("--alpha", type=number(float, 0), help="weight of the distillation loss, eq. 8")
     add("--temperature", type=number(float, 1e-6), help="of the softened class scores, eq. 6")
     add_neuron_flags(p)
@@ -148,7 +151,7 @@ class FiringRates:
         """{layer: rate} over so many images that all processes saw together; starts anew."""
         if grouped():
             dist.all_reduce(self.spikes)
-        spikes = (self.spikes / images).tolist()
+        spikes = (self.spikes / images).tolist()  # of an image
         self.spikes.zero_()
         return {name: s / n for name, s, n in zip(self.names, spikes, self.neuron_steps)}
 
@@ -213,7 +216,7 @@ def main(argv=None):
     earlier = earlier_run("idsnn", args)
 
     # data: the whole set as uint8 on the training device
-    arch = init["arch"] | {k: getattr(args, k) for k in NEURON}
+    arch = init["arch"] | {k: getattr(args, k) for k in NEURON}  # a flag overrides the file
     layout = memory_format(device, arch["width"])
     data = load_data(args.dataset, args.data_dir)
     check_fits(data, init, "network", args.init, f"transfer_init.py --dataset {args.dataset}")
@@ -265,7 +268,7 @@ def main(argv=None):
                     taught = teacher(normalised).to(dtype)      # (B, K)
             ce, kd, loss = objective(
                 scores, labels, taught, args.alpha, args.temperature, args.per_step)
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # through time: the neurons unroll over T
         average_gradients(model)
         scaler.step(optimizer)
         scaler.update()
@@ -277,7 +280,7 @@ def main(argv=None):
             inputs = model.encode(images, data, index, args.seed * 10_000)
             return model(inputs).to(dtype).mean(0)  # (T, B, K) -> (B, K)
 
-    train_step = recorded(step, args, device)
+    train_step = recorded(step, args, device)  # on a GPU one launch, not hundreds
     evaluate = evaluator(predict, data, args)
 
     # loop
@@ -305,7 +308,7 @@ def main(argv=None):
                 plan.copy_(planned)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums, began)
-            average(sums)
+            average(sums)  # of the processes, each with its share of every batch
             loss, accuracy, ce, kd = (sums / batches.steps).tolist()
             trained = time.time() - began
 

@@ -112,7 +112,7 @@ def learning_rate(args, epoch):
     done = epoch / args.epochs
     if done < args.warmup:
         return args.lr * done / args.warmup
-    left = (1 - done) / (1 - args.warmup)
+    left = (1 - done) / (1 - args.warmup)  # 1 at the peak, 0 at the end
     if args.schedule == "step":
         return args.lr * 0.1 ** sum(epoch >= m for m in args.milestones)
     if args.schedule == "cosine":
@@ -192,7 +192,7 @@ def load_digits(dataset, data_dir):
     pixels = (raw["images"].astype(np.uint16) * 255 // 16).astype(np.uint8)  # 0..16 -> 0..255
     x = torch.from_numpy(pixels)[..., None]  # (N, 8, 8) -> (N, 8, 8, 1)
     y = torch.from_numpy(raw["labels"]).long()
-    test = torch.arange(len(y)) % 5 == 0  # bool (N,)
+    test = torch.arange(len(y)) % 5 == 0  # bool (N,): every fifth
     return Images(dataset, list("0123456789"), x[~test], y[~test], x[test], y[test])
 
 
@@ -220,6 +220,8 @@ def load_folder(dataset, data_dir):
     if odd := set(classes) ^ set(others):  # a label is a place in the list of classes
         raise ValueError(f"train/ and {held_out}/ differ in the class {min(odd)!r}")
     files, labels = zip(*train, *test)
+
+    # pixels: of one size, in one mode
     with ThreadPoolExecutor() as pool:  # pillow decodes outside of Python's lock
         images = list(pool.map(read_image, files))
     H, W, C = images[0].shape
@@ -494,7 +496,7 @@ def main(argv=None):
         with autocast:
             return model(data.normalize(images))
 
-    train_step = recorded(step, args, device)
+    train_step = recorded(step, args, device)  # on a GPU one launch, not hundreds
     evaluate = evaluator(predict, data, args)
 
     # loop
@@ -513,7 +515,7 @@ def main(argv=None):
                 plan.copy_(planned)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums, began)
-            average(sums)
+            average(sums)  # of the processes, each with its share of every batch
             loss, accuracy = (sums / batches.steps).tolist()
             trained = time.time() - began
 
@@ -778,6 +780,8 @@ def earlier_run(stage, args):
     if args.fresh or not left:
         return None
     checkpoint = load_checkpoint(left[0], stage)
+
+    # the flags, but for these
     free = ("out", "fresh", "data_dir", "device", "graph",  # where and how it runs
             "init", "teacher")                              # files, compared by their content
     if os.path.isdir(args.dataset):
@@ -832,6 +836,7 @@ class TrainingRun:
             print(f"{self.args.out} is finished: nothing to do (--fresh makes it anew); "
                   f"next: {self.next_command}")
             return
+        # weights, momentum, loss scale, history
         rate = self.optimizer.param_groups[0]["lr"]
         self.model.load_state_dict(earlier["model"])
         self.optimizer.load_state_dict(earlier["optimizer"])
@@ -841,6 +846,7 @@ class TrainingRun:
 
     def header(self, **facts):
         """Print the facts of the run; begin the log, with the epochs of an interrupted run."""
+        # what runs, and where
         args, device = self.args, self.data.train_x.device
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         facts["device"] = (f"{card}, {args.precision}, processes: {world_size()}, "
@@ -853,10 +859,11 @@ class TrainingRun:
             facts["resumed"] = f"{self.last}, after epoch {len(self.history)}"
         for name, fact in facts.items():
             print(f"{name:>10}  {fact}")
-        fires = self.contract["stage"] != "teacher"
+        fires = self.contract["stage"] != "teacher"  # ReLUs have no firing rate
         self.columns = {k: v for k, v in self.COLUMNS.items() if fires or k != "firing"}
         print(*[title for title, _ in self.columns.values()], flush=True)
         self.log = open(f"{args.out}.jsonl" if rank() == 0 else os.devnull, "w", buffering=1)
+        # the log: the facts, then a line an epoch
         began = {k: str(v) for k, v in facts.items()}
         began |= dict(command=shlex.join(sys.argv), config=vars(args))
         for row in [began, *self.history]:
@@ -869,7 +876,7 @@ class TrainingRun:
             return
         self.bar_moved = now
         loss, accuracy = (sums[:2] / done).tolist()
-        speed = done * self.args.batch_size / (now - began)
+        speed = done * self.args.batch_size / (now - began)  # images a second
         self.bar.update(
             self.task, completed=epoch + done / steps, refresh=True,
             description=f"epoch {epoch + 1} of {self.args.epochs}: loss {loss:.3f}, "
@@ -896,8 +903,9 @@ class TrainingRun:
         if rank() == 0:
             save_checkpoint(self.args.out, self.model, **self.contract)
             Path(self.last).unlink(missing_ok=True)
-        last, best = self.history[-1]["test_acc"], max(row["test_acc"] for row in self.history)
-        print(f"{self.args.out}: test accuracy {last:.2f}%, best epoch {best:.2f}%; "
+        accuracies = [row["test_acc"] for row in self.history]
+        print(f"{self.args.out}: test accuracy {accuracies[-1]:.2f}%, "
+              f"best epoch {max(accuracies):.2f}%; "
               f"next: {self.next_command}")
 
 
