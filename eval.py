@@ -382,6 +382,8 @@ def to_nir(model, shape):
 
     def layer(x, conv, bn, residual=()):
         """A convolution with its batch norm, and the neurons behind it where there are some."""
+        if not isinstance(conv, nn.Conv2d):
+            fail(f"--export: {names[conv]} is no part of the ResNet that this exports")
         fused = fuse_conv_bn_eval(conv, bn)
         C, H, W = map(int, nodes[x[0]].output_type["output"])
         node = nir.Conv2d(

@@ -266,8 +266,8 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
     """
     target = student.state_dict()
     fresh = [] if classifier == "transfer" else ["fc."]
-    if source["conv1.weight"].shape[2:] != target["conv1.weight"].shape[2:]:
-        fresh += ["conv1.", "bn1."]  # 3x3 and 7x7 have no common index
+    if stem_kernels(source) != stem_kernels(target):  # 3x3 and 7x7 have no common index
+        fresh += ["conv1.", "bn1."]
 
     # where every tensor comes from
     rows = {}  # of the table, by layer
@@ -293,6 +293,10 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
         # a layer's first tensor, its weight, speaks for the layer
         rows.setdefault(layer, (origin.rpartition(".")[0], how))
     return [(layer, *row) for layer, row in rows.items()]
+
+
+def stem_kernels(weights):
+    return {name: v.shape[2:] for name, v in weights.items() if name.startswith("conv1.")}
 
 
 def num_blocks(weights, stage):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from test_idsnn import edited
 from test_teacher import make_folder
+from torch import nn
 
 import transfer_init
 from kernels.lif import lif_reference
-from train_teacher import DEPTHS, ResNet, load_checkpoint, load_data
+from train_teacher import DEPTHS, ResNet, conv, load_checkpoint, load_data
 from transfer_init import SpikingResNet, loop, noise, source_block, transfer
 
 refused = test_errors.refused
@@ -73,6 +74,18 @@ def test_loop_interpolation_by_hand():
 def test_block_maps_by_hand(m, n, spread, first):
     assert [source_block(j, m, n, "spread") for j in range(m)] == spread
     assert [source_block(j, m, n, "first") for j in range(m)] == first
+
+
+def test_a_stem_of_two_convolutions_is_transferred():
+    """A fork's one line in ResNet; a stem of another shape stays fresh."""
+    teacher, student = ResNet(18, width=4), SpikingResNet(18, width=4)
+    teacher.conv1 = nn.Sequential(conv(3, 6, 3), conv(6, 4, 3))
+    stems = {name: how for name, _, how in transfer(student, teacher.state_dict())}
+    assert stems["conv1"] == stems["bn1"] == "fresh"
+    student.conv1 = nn.Sequential(conv(3, 6, 3), conv(6, 4, 3))
+    stems = {name: how for name, _, how in transfer(student, teacher.state_dict())}
+    assert stems["conv1.0"] == stems["conv1.1"] == stems["bn1"] == "copied"
+    assert torch.equal(student.conv1[1].weight, teacher.conv1[1].weight)
 
 
 @pytest.mark.parametrize("depth,width,stem,flags,fresh", [
