@@ -623,8 +623,7 @@ def bn_relu(
         return F.relu(y if residual is None else y + residual.to(y.dtype))
     acc = state_dtype(x)
     vectors = _constants(*[v.to(acc) for v in (weight, bias, running_mean, running_var)], eps)
-    planes = [None, None]
-    for i, image in enumerate((x, residual)):
-        if image is not None:  # -> (1, B, H, W, C), of channels-last memory a view
-            planes[i] = image.to(x.dtype).permute(0, 2, 3, 1).contiguous().unsqueeze(0)
-    return _bn_relu(*planes, vectors).squeeze(0).permute(0, 3, 1, 2)  # -> (B, C, H, W)
+    x = x.permute(0, 2, 3, 1).contiguous().unsqueeze(0)  # (B, C, H, W) -> (1, B, H, W, C)
+    if residual is not None:
+        residual = residual.to(x.dtype).permute(0, 2, 3, 1).contiguous().unsqueeze(0)
+    return _bn_relu(x, residual, vectors).squeeze(0).permute(0, 3, 1, 2)  # -> (B, C, H, W)

@@ -170,7 +170,8 @@ class Malicious:
 
 
 def changed(path, legacy=False, **entries):
-    torch.save(torch.load(path) | entries, "defect.pt", _use_new_zipfile_serialization=not legacy)
+    content = torch.load(path, weights_only=True) | entries
+    torch.save(content, "defect.pt", _use_new_zipfile_serialization=not legacy)
 
 
 def flip_a_bit_of_a_weight(path):
