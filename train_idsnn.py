@@ -209,6 +209,19 @@ def frozen(teacher, autocast):
     return teacher
 
 
+@torch.no_grad()
+def ask(teacher, images, dtype):
+    """(the frozen teacher's class scores (B, K), the stream that has to be waited for or None).
+    In a step that is recorded it is a branch of its own: on a GPU its kernels and those of what
+    follows fill each other's gaps."""
+    branch = None
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        branch = torch.cuda.Stream()
+        branch.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(branch):  # of None: where it is
+        return teacher(images).to(dtype), branch
+
+
 # -------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args, init = parse_args(argv)
@@ -260,12 +273,13 @@ def main(argv=None):
         images, labels = batches.cut(plan)                      # (B, C, H, W) uint8, (B,)
         with autocast:
             inputs = model.encode(images, data, plan[0], noise_seed)  # (B, ...) or (T, B, ...)
-            scores = model(inputs).to(dtype)                    # (T, B, K)
-            taught = None
+            taught = branch = None
             if teacher is not None:  # sees the normalised image, which direct coding has made
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
-                with torch.no_grad():
-                    taught = teacher(normalised).to(dtype)      # (B, K)
+                taught, branch = ask(teacher, normalised, dtype)  # (B, K)
+            scores = model(inputs).to(dtype)                    # (T, B, K)
+            if branch is not None:
+                torch.cuda.current_stream().wait_stream(branch)
             ce, kd, loss = objective(
                 scores, labels, taught, args.alpha, args.temperature, args.per_step)
         scaler.scale(loss).backward()  # through time: the neurons unroll over T

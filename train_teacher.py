@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import nn
 
-from kernels import BatchNorm2d, bn_relu
+from kernels import BatchNorm2d
 
 # ------------------------------------------------------------------------------------------ recipe
 # paper, sections 4.1 and (milestones) 4.4; where it is silent (crop, flip) the authors' code
@@ -309,11 +309,7 @@ class BatchNormReLU(BatchNorm2d):
     """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
 
     def forward(self, x, residual=None):
-        if not (self.training or torch.is_grad_enabled()):  # in one pass, where it can
-            return bn_relu(x, self.weight, self.bias, self.running_mean, self.running_var,
-                           residual, self.eps)
-        x = super().forward(x)
-        return F.relu(x if residual is None else x + residual)
+        return super().forward(x, residual, relu=True)
 
 
 def conv(c_in, c_out, kernel, stride=1):

@@ -18,7 +18,8 @@ Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T
 
 `bn_lif_reference` is the specification; given the same statistics the kernels' spikes equal its own
 bit for bit in fp32. On PyTorch, and for the plain derivative, bn_lif is batch norm, add, `lif`.
-The forward kernel with a ReLU for the neuron is `bn_relu`, for a teacher that is frozen.
+With a ReLU for the neuron, whose window is current > 0, the same kernels are `bn_relu`; with nothing
+in its place, and no bits, `batch_norm`.
 """
 
 import torch
@@ -117,11 +118,11 @@ class BatchNorm2d(nn.BatchNorm2d):
             return 1 / float(self.num_batches_tracked)
         return self.momentum
 
-    def forward(self, x):
-        if self.group is None or not self.training:
-            return super().forward(x)
-        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True,
-                          self.count_batch(), self.eps, self.group)
+    def forward(self, x, residual=None, relu=False):
+        momentum = self.count_batch() if self.training else 0.0
+        return bn_act(
+            x, self.weight, self.bias, residual, self.running_mean, self.running_var, relu=relu,
+            training=self.training, momentum=momentum, eps=self.eps, group=self.group)
 
 
 # ---------------------------------------------------------------------------- Triton kernels
@@ -150,7 +151,7 @@ if triton is not None:
 
     @triton.jit
     def _row(Vectors, row, c, C):  # of a channel each: (rows, C) -> (1, BC)
-        return tl.load(Vectors + row * C + c, c < C, 0.0)
+        return tl.load(Vectors + row * C + c, c < C, 0.0).to(tl.float32)
 
     @triton.jit
     def _store_part(Parts, row, values, c, C):  # sums of columns -> Parts (rows, programs, C)
@@ -219,9 +220,10 @@ if triton is not None:
             if RunningMean is not None:
                 old_mean = _row(RunningMean, 0, c, C) * (1 - momentum)
                 old_var = _row(RunningVar, 0, c, C) * (1 - momentum)
-                unbiased = var * n / (n - 1)
-                tl.store(RunningMean + c, old_mean + mean * momentum, c < C)
-                tl.store(RunningVar + c, old_var + unbiased * momentum, c < C)
+                new_mean = old_mean + mean * momentum
+                new_var = old_var + var * n / (n - 1) * momentum  # unbiased
+                tl.store(RunningMean + c, new_mean.to(tl.float32), c < C)
+                tl.store(RunningVar + c, new_var.to(tl.float32), c < C)
         mean, var = mean.to(tl.float32), var.to(tl.float32)
         # roots and quotients exactly rounded, as in PyTorch
         std = tl.sqrt_rn(var + eps)
@@ -252,10 +254,10 @@ if triton is not None:
     @triton.jit
     def _forward_kernel(
         X, Residual, Spikes, Bits, Vectors,
-        decay, v_th, lens, C, N: tl.int64,
+        ACTIVATION: tl.constexpr, decay, v_th, lens, C, N: tl.int64,
         T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):
-        """Reads x and the residual, writes spikes (v_th None: what a ReLU makes of the current)
+        """Reads x and the residual, writes spikes (or what another activation makes of the current)
         and, unless Bits is None, two bits."""
         c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         xs = load_steps(X, N, offsets, inside, TX)
@@ -269,12 +271,16 @@ if triton is not None:
             current = xs[t % TX].to(tl.float32) * scale + shift
             if Residual is not None:
                 current += residuals[t].to(tl.float32)
-            if v_th is None:
-                spikes = tl.where(current < 0, 0.0, current)  # ReLU's, a NaN stays one
-            else:
+            if ACTIVATION == "lif":
                 u, fired, window = fire(leak, current, v_th, lens)
                 spikes = tl.where(fired, 1.0, 0.0)
                 leak = u * tl.where(fired, 0.0, decay)
+            elif ACTIVATION == "relu":
+                fired = current > 0
+                window = fired
+                spikes = tl.where(current < 0, 0.0, current)  # a NaN stays one
+            else:
+                spikes = current
             tl.store(Spikes + t * N + offsets, spikes, inside)
             if Bits is not None:
                 code = pack(code, fired, window, t)
@@ -298,11 +304,15 @@ if triton is not None:
         for row in range(first, rows, stride):
             c, offsets, inside = _tile(row, C, N, BR, BC)
             gs = load_steps(G, N, offsets, inside, T)
-            codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
+            if Bits is not None:
+                codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
             xs = load_steps(X, N, offsets, inside, TX)
             du = tl.zeros([BR, BC], tl.float32)
             for t in tl.static_range(T - 1, -1, -1):
-                du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
+                if Bits is None:  # no activation
+                    du = gs[t].to(tl.float32)
+                else:
+                    du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
                 s1 += du
                 s2 += du * (xs[t % TX].to(tl.float32) - mean)
         _store_part(Parts, 0, s1, c, C)
@@ -317,7 +327,8 @@ if triton is not None:
         """Reads g, bits and, unless Means is None (constants), x; writes dx and dresidual."""
         c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         gs = load_steps(G, N, offsets, inside, T)
-        codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
+        if Bits is not None:
+            codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
         if Means is not None:
             xs = load_steps(X, N, offsets, inside, TX)
             mean = _row(Vectors, MEAN, c, C)
@@ -327,7 +338,10 @@ if triton is not None:
         du = tl.zeros([BR, BC], tl.float32)
         total = du
         for t in tl.static_range(T - 1, -1, -1):
-            du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
+            if Bits is None:  # no activation
+                du = gs[t].to(tl.float32)
+            else:
+                du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
             if DResidual is not None:
                 tl.store(DResidual + t * N + offsets, du, inside)
             total += du
@@ -390,7 +404,7 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
     C = x.shape[-1]
     n = x.numel() // C  # values of a channel, on this rank
     parts = _new_parts(x, len(x), 3)
-    vectors = weight.new_empty(5, C)
+    vectors = _new_vectors(weight)
     _launch(_statistics_kernel, x, len(x), parts, programs=REDUCING)
     if group:  # a mean and a variance travel; then a rank is one part of the whole
         _combine(_vectors_kernel, parts, C, weight, bias, None, None, vectors, n, momentum, eps)
@@ -412,37 +426,38 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
     Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> Tensor""")
 def _constants(weight, bias, mean, var, eps):
     """Vectors (5, C) of statistics that are given."""
-    vectors = weight.new_empty(5, len(weight))
+    vectors = _new_vectors(weight)
     _combine(_vectors_kernel, None, len(weight), weight, bias, mean, var, vectors, 1, 0.0, eps)
     return vectors
 
 
-@torch.library.custom_op(f"{OPS}::bn_lif", mutates_args=(), schema="""(
-    Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor vectors, SymInt T, float decay,
-    float v_th, float lens, bool training, str group, SymInt ranks, bool save
+@torch.library.custom_op(f"{OPS}::bn_act", mutates_args=(), schema="""(
+    Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor vectors, SymInt T, str activation,
+    float decay, float v_th, float lens, bool training, str group, SymInt ranks, bool save
     ) -> (Tensor, Tensor)""")
-def _bn_lif(
-    x, residual, weight, bias, vectors, T, decay, v_th, lens, training, group, ranks, save,
+def _bn_act(
+    x, residual, weight, bias, vectors, T, activation, decay, v_th, lens, training, group, ranks,
+    save,
 ):
     """Spikes (T, B, H, W, C) and bits (ceil(T/4), B, H, W, C), none unless `save`. weight, bias,
     training (False: constant statistics), the group's name and size are for the derivative."""
     refuse_forward_mode("bn_lif")
-    spikes, bits = _new_outputs(x, T, save)
-    kept = bits if save else None
-    _launch(_forward_kernel, x, T, residual, spikes, kept, vectors, decay, v_th, lens)
+    spikes, bits = _new_outputs(x, T, activation, save)
+    kept = bits if len(bits) else None
+    _launch(_forward_kernel, x, T, residual, spikes, kept, vectors, activation, decay, v_th, lens)
     return spikes, bits
 
 
-@torch.library.custom_op(f"{OPS}::bn_lif_backward", mutates_args=(), schema="""(
+@torch.library.custom_op(f"{OPS}::bn_act_backward", mutates_args=(), schema="""(
     Tensor g, Tensor bits, Tensor x, Tensor vectors, float decay, float lens, bool training,
     str group, SymInt ranks, bool need_dresidual) -> (Tensor, Tensor, Tensor)""")
-def _bn_lif_backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
+def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
     """dx; dresidual, empty unless needed; (4, C), whose last two are dbias and dweight / ranks."""
     dx, dresidual, means = _new_gradients(g, x, vectors, need_dresidual)
     parts = _new_parts(x, len(g), 2)
     n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
     inv = 1 / (2 * lens)
-    data = x, len(g), g.contiguous(), bits, vectors
+    data = x, len(g), g.contiguous(), bits if len(bits) else None, vectors
     _launch(_reduce_kernel, *data, parts, decay, inv, programs=REDUCING)
     if group:
         parts = _AllReduce.apply(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
@@ -456,23 +471,18 @@ def _bn_lif_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
     return dx, dresidual, means
 
 
-@torch.library.custom_op(f"{OPS}::bn_relu", mutates_args=(), schema="""(
-    Tensor x, Tensor? residual, Tensor vectors) -> Tensor""")
-def _bn_relu(x, residual, vectors):
-    """x and residual (1, B, H, W, C) -> relu(batch norm + residual); it has no derivative."""
-    y = x.new_empty(x.shape)
-    _launch(_forward_kernel, x, 1, residual, y, None, vectors, None, None, None)
-    return y
-
-
 def _new_parts(x, T, rows):
     programs, _ = _grid(x, T, REDUCING)
     return x.new_empty(rows, programs, x.shape[-1], dtype=torch.float32)
 
 
-def _new_outputs(x, T, save):
+def _new_vectors(weight):
+    return weight.new_empty(5, len(weight), dtype=torch.float32)
+
+
+def _new_outputs(x, T, activation, save):
     step = x.shape[1:]
-    rows = (T + 3) // 4 if save else 0
+    rows = (T + 3) // 4 if save and activation else 0
     bits = x.new_empty(rows, *step, dtype=torch.uint8)
     return x.new_empty(T, *step), bits
 
@@ -484,11 +494,11 @@ def _new_gradients(g, x, vectors, need_dresidual):
     return dx, dresidual, torch.empty_like(vectors[:4])
 
 
-_bn_relu.register_fake(lambda x, *_: x.new_empty(x.shape))
-_vectors.register_fake(lambda x, weight, *_: weight.new_empty(5, len(weight)))
-_constants.register_fake(lambda weight, *_: weight.new_empty(5, len(weight)))
-_bn_lif.register_fake(lambda x, r, w, b, v, T, *rest: _new_outputs(x, T, save=rest[-1]))
-_bn_lif_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x, v, rest[-1]))
+_vectors.register_fake(lambda x, weight, *_: _new_vectors(weight))
+_constants.register_fake(lambda weight, *_: _new_vectors(weight))
+_bn_act.register_fake(
+    lambda x, r, w, b, v, T, activation, *rest: _new_outputs(x, T, activation, save=rest[-1]))
+_bn_act_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x, v, rest[-1]))
 
 
 def _setup(ctx, inputs, output):
@@ -506,19 +516,19 @@ def _backward(ctx, g, _):
     if ctx.saved:
         bits, = saved
     else:
-        _, bits = _bn_lif(x, *saved, vectors, *ctx.options, True)
-    _, decay, _, lens, training, group, ranks = ctx.options
+        _, bits = _bn_act(x, *saved, vectors, *ctx.options, True)
+    _, _, decay, _, lens, training, group, ranks = ctx.options
     need_dresidual = ctx.needs_input_grad[1]
-    dx, dresidual, means = _bn_lif_backward(
+    dx, dresidual, means = _bn_act_backward(
         g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual)
     if not need_dresidual:
         dresidual = None
     # on every rank the same share of the whole: their sum is right, and so is DDP's mean
     dbias, dweight = means[2:]
-    return dx, dresidual, dweight, dbias, *[None] * 9  # of the options there is none
+    return dx, dresidual, dweight, dbias, *[None] * 10  # of the options there is none
 
 
-_bn_lif.register_autograd(_backward, setup_context=_setup)
+_bn_act.register_autograd(_backward, setup_context=_setup)
 
 
 # ---------------------------------------------------------------------------- what users call
@@ -571,59 +581,64 @@ def bn_lif(
     if training and ranks * n < 2:
         raise ValueError(f"batch statistics need more than one value a channel: {tuple(x.shape)}")
 
-    # the arithmetic is fp32 (fp64), of a network that was made 16 bits wide too
+    if impl == "triton" and detach_reset and n > 0 and not transformed():
+        return _fused(x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+                      group, steps, "lif", decay, v_th, lens)
+    # in three steps, with an fp32 current; fp32 vectors, of a network that was made 16 bits wide too
     acc = state_dtype(x)
-    weight, bias = weight.to(acc), bias.to(acc)
     mean, var = running_mean, running_var
     if mean is not None:
         mean, var = mean.to(acc), var.to(acc)  # themselves, as a rule
-
-    if impl != "triton" or not detach_reset or n == 0 or transformed():
-        # in three steps, with an fp32 current
-        folded = x.flatten(0, 1).to(acc)  # (T, B, C, H, W) -> (T*B, C, H, W)
-        current = batch_norm(folded, mean, var, weight, bias, training, momentum, eps, group)
-        current = current.unflatten(0, x.shape[:2]).expand(shape)  # -> (T, B, C, H, W)
-        if residual is not None:
-            current = current + residual
-        spikes = lif(current, decay, v_th, lens, detach_reset, impl).to(x.dtype)
-    else:
-        x = x.permute(0, 1, 3, 4, 2).contiguous()  # -> (T, B, H, W, C), of channels-last a view
-        if residual is not None:
-            residual = residual.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous()
-        name = group.group_name if group is not None else ""
-        constants = weight.detach(), bias.detach(), mean, var  # their derivative is _bn_lif's
-        if training:
-            vectors = _vectors(x.detach(), *constants, momentum, eps, name, ranks)
-        else:
-            vectors = _constants(*constants, eps)
-        inputs = x, residual, weight, bias
-        differentiable = any(v is not None and v.requires_grad for v in inputs)
-        save = torch.is_grad_enabled() and differentiable
-        spikes, _ = _bn_lif(*inputs, vectors, steps, decay, v_th, lens, training, name, ranks, save)
-        spikes = spikes.permute(0, 1, 4, 2, 3)  # -> (T, B, C, H, W)
-
+    folded = x.flatten(0, 1).to(acc)  # (T, B, C, H, W) -> (T*B, C, H, W)
+    current = batch_norm(
+        folded, mean, var, weight.to(acc), bias.to(acc), training, momentum, eps, group)
     if training and mean is not None and mean.dtype != running_mean.dtype:
         running_mean.copy_(mean)
         running_var.copy_(var)
-    return spikes
-
-
-def bn_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
-    residual: Tensor | None = None, eps: float = 1e-5, impl: str | None = None,
-) -> Tensor:
-    """relu(batch norm of the running statistics + residual), without a derivative: what a frozen
-    teacher computes behind a convolution, on Triton in one pass instead of up to five launches.
-
-    x, residual (B, C, H, W), dtypes as in `lif`; the vectors (C,) as in F.batch_norm. Returns
-    (B, C, H, W) in x's dtype.
-    """
-    if choose_impl(x, 1, impl) != "triton":
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-        return F.relu(y if residual is None else y + residual.to(y.dtype))
-    acc = state_dtype(x)
-    vectors = _constants(*[v.to(acc) for v in (weight, bias, running_mean, running_var)], eps)
-    x = x.permute(0, 2, 3, 1).contiguous().unsqueeze(0)  # (B, C, H, W) -> (1, B, H, W, C)
+    current = current.unflatten(0, x.shape[:2]).expand(shape)  # -> (T, B, C, H, W)
     if residual is not None:
-        residual = residual.to(x.dtype).permute(0, 2, 3, 1).contiguous().unsqueeze(0)
-    return _bn_relu(x, residual, vectors).squeeze(0).permute(0, 3, 1, 2)  # -> (B, C, H, W)
+        current = current + residual
+    return lif(current, decay, v_th, lens, detach_reset, impl).to(x.dtype)
+
+
+def bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
+    running_mean: Tensor | None = None, running_var: Tensor | None = None, *,
+    relu: bool = True, training: bool = True, momentum: float = 0.1, eps: float = 1e-5, group=None,
+    impl: str | None = None,
+) -> Tensor:
+    """relu(batch norm + residual) of x (B, C, H, W), by the same kernels as bn_lif's; relu=False:
+    batch norm and the add alone. What a teacher and the shortcuts compute behind a convolution.
+
+    All else as in `bn_lif`, with one time-step. Kept for the backward are x and a byte a neuron.
+    """
+    if choose_impl(x, 1, impl) == "triton" and x.numel() > x.shape[1] and not transformed():
+        if residual is not None:
+            residual = residual.unsqueeze(0)
+        return _fused(
+            x.unsqueeze(0), residual, weight, bias, running_mean, running_var, training, momentum,
+            eps, group, 1, "relu" if relu else "").squeeze(0)
+    y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def _fused(x, residual, weight, bias, mean, var, training, momentum, eps, group, T, activation,
+           decay=0.0, v_th=0.0, lens=0.5):  # of a ReLU: a slope of 1 / (2*lens) = 1
+    """Batch norm, add and activation on Triton: x (T or 1, B, C, H, W) -> (T, B, C, H, W)."""
+    x = x.permute(0, 1, 3, 4, 2).contiguous()  # -> (T, B, H, W, C), of channels-last a view
+    if residual is not None:
+        residual = residual.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous()
+    name, ranks = ("", 1) if group is None else (group.group_name, group.size())
+    constants = weight.detach(), bias.detach(), mean, var  # their derivative is _bn_act's
+    if training:
+        vectors = _vectors(x.detach(), *constants, momentum, eps, name, ranks)
+    else:
+        vectors = _constants(*constants, eps)
+    inputs = x, residual, weight, bias
+    differentiable = any(v is not None and v.requires_grad for v in inputs)
+    save = torch.is_grad_enabled() and differentiable
+    y, _ = _bn_act(
+        *inputs, vectors, T, activation, decay, v_th, lens, training, name, ranks, save)
+    return y.permute(0, 1, 4, 2, 3)  # -> (T, B, C, H, W)

@@ -77,7 +77,13 @@ def bn_lif_cases():
         "apply_static": (K._apply_kernel, {"TX": 1}, "DResidual"),
         "vectors": (K._vectors_kernel, {}, ""),
         "means": (K._means_kernel, {}, ""),
-        "relu": (K._forward_kernel, {"T": 1, "TX": 1}, "Bits decay v_th lens"),
+        "relu": (K._forward_kernel, {"T": 1, "TX": 1, "ACTIVATION": "relu"}, ""),
+        "relu_frozen": (K._forward_kernel, {"T": 1, "TX": 1, "ACTIVATION": "relu"}, "Bits"),
+        "shortcut": (K._forward_kernel, {"T": 1, "TX": 1, "ACTIVATION": ""}, "Bits Residual"),
+        "relu_reduce": (K._reduce_kernel, {"T": 1, "TX": 1}, ""),
+        "relu_apply": (K._apply_kernel, {"T": 1, "TX": 1}, ""),
+        "shortcut_reduce": (K._reduce_kernel, {"T": 1, "TX": 1}, "Bits"),
+        "shortcut_apply": (K._apply_kernel, {"T": 1, "TX": 1}, "Bits DResidual"),
         "vectors_alone": (K._vectors_kernel, {}, "RunningMean RunningVar"),
         "vectors_of_constants": (K._vectors_kernel, {}, "Parts"),
         "vectors_of_one_channel": (K._vectors_kernel, {"C": 1}, ""),
@@ -92,7 +98,7 @@ def bn_lif_cases():
         aligned += ["C", "N"] * (form == "vector")
         T = given.get("T", T)
         rows, columns = K.tile_shape(64, T, ITEM[dtype])
-        tiles = {"T": T, "TX": T, "BR": rows, "BC": columns}
+        tiles = {"T": T, "TX": T, "BR": rows, "BC": columns, "ACTIVATION": "lif"}
         channels = {"BP": K.PARTS, "CHANNELS": K.CHANNELS}
         constants = tiles | channels | given | dict.fromkeys(none.split())
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -102,7 +108,8 @@ def bn_lif_cases():
     for which in ("statistics", "forward", "inference", "reduce", "apply"):
         yield from (case(which, "bf16", cc) for cc in CAPABILITIES)
         yield case(which, "fp32", 90)
-    yield from (case(which, "bf16", 90) for which in ("static", "apply_static", "relu", "narrow"))
+    yield from (case(which, "bf16", 90) for which in kernels
+                if which.startswith(("static", "apply_static", "relu", "shortcut", "narrow")))
     yield from (case(which, "fp32", 90) for which in kernels
                 if which.startswith(("vectors", "means")))
     for which in ("forward", "reduce", "apply"):
@@ -242,7 +249,10 @@ def test_bn_lif_moves_16_bytes_at_a_time(compiled):
     per-channel vectors and bits, and nothing is read twice."""
     planes = {  # read and written a step, read and written once, per-channel vectors
         "statistics": (1, 0, 1, 0, 0), "forward": (2, 1, 0, 0, 2), "inference": (1, 1, 0, 0, 2),
-        "relu": (2, 1, 0, 0, 2), "static": (0, 1, 1, 0, 2), "reduce": (2, 0, 0, 0, 2),
+        "relu": (2, 1, 0, 0, 2), "relu_frozen": (2, 1, 0, 0, 2), "relu_reduce": (2, 0, 0, 0, 2),
+        "relu_apply": (2, 2, 0, 0, 4), "shortcut": (1, 1, 0, 0, 2),
+        "shortcut_reduce": (2, 0, 0, 0, 2), "shortcut_apply": (2, 1, 0, 0, 4),
+        "static": (0, 1, 1, 0, 2), "reduce": (2, 0, 0, 0, 2),
         "apply": (2, 2, 0, 0, 4), "apply_static": (1, 0, 1, 1, 4)}
     for name, c in of(compiled, "bn_lif", "vector"):
         which, T = name.split()[1], c["T"]
@@ -255,7 +265,7 @@ def test_bn_lif_moves_16_bytes_at_a_time(compiled):
         assert c["ld"].get("16", 0) >= loads, (name, c)
         assert sum(c["ld"].values()) <= loads + vectors * 8 * 4 + bits, (name, c)
         assert c["st"].get("16", 0) == stores, (name, c)
-        narrow = {"8"} if which in ("forward", "static") else {"4"}  # bits; parts
+        narrow = {"8"} if which in ("forward", "static", "relu") else {"4"}  # bits; parts
         assert set(c["st"]) - {"16"} <= narrow, (name, c)
 
 
