@@ -28,6 +28,7 @@ import train_teacher
 from kernels.lif import choose_impl
 from train_teacher import (
     Batches,
+    Branch,
     Parser,
     ResNet,
     TrainingRun,
@@ -209,19 +210,6 @@ def frozen(teacher, autocast):
     return teacher
 
 
-@torch.no_grad()
-def ask(teacher, images, dtype):
-    """(the frozen teacher's class scores (B, K), the stream that has to be waited for or None).
-    In a step that is recorded it is a branch of its own: on a GPU its kernels and those of what
-    follows fill each other's gaps."""
-    branch = None
-    if images.is_cuda and torch.cuda.is_current_stream_capturing():
-        branch = torch.cuda.Stream()
-        branch.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(branch):  # of None: where it is
-        return teacher(images).to(dtype), branch
-
-
 # -------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args, init = parse_args(argv)
@@ -267,19 +255,20 @@ def main(argv=None):
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, accuracy, ce, kd
     noise_seed = torch.zeros((), dtype=torch.long, device=device)  # of Poisson spikes
+    teaching = Branch()
 
     def step():
         optimizer.zero_grad()
         images, labels = batches.cut(plan)                      # (B, C, H, W) uint8, (B,)
         with autocast:
             inputs = model.encode(images, data, plan[0], noise_seed)  # (B, ...) or (T, B, ...)
-            taught = branch = None
+            taught = None
             if teacher is not None:  # sees the normalised image, which direct coding has made
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
-                taught, branch = ask(teacher, normalised, dtype)  # (B, K)
+                with torch.no_grad(), teaching.beside(normalised):
+                    taught = teacher(normalised).to(dtype)      # (B, K)
             scores = model(inputs).to(dtype)                    # (T, B, K)
-            if branch is not None:
-                torch.cuda.current_stream().wait_stream(branch)
+            teaching.join()
             ce, kd, loss = objective(
                 scores, labels, taught, args.alpha, args.temperature, args.per_step)
         scaler.scale(loss).backward()  # through time: the neurons unroll over T

@@ -47,8 +47,7 @@ def parse_args(argv=None):
     p.add_argument("--neuron", choices=("lif", "bn_lif"), help="time this one alone")
     p.add_argument("--T", type=int, choices=range(1, 33), default=4, metavar="1..32",
                    help="time-steps (default 4)")
-    p.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32",
-                   help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--batch", type=int, help="images at stage 1's shape, and twice, 4, 8 times as "
                    "many at those of stages 2 to 4 (default: several times the cache)")
     p.add_argument("--seconds", type=float, default=0.2, help="for each figure (default 0.2)")
@@ -63,6 +62,7 @@ def parse_args(argv=None):
     if args.json and not Path(args.json).absolute().parent.is_dir():
         p.error(f"argument --json: {args.json}: must be a file in a folder that exists")
     args.device = torch.device(args.device)
+    args.dtype = args.dtype or {"cuda": "bf16", "cpu": "fp32"}[args.device.type]
     args.batch = args.batch or batch_beyond_cache(args)
     return args
 

@@ -354,7 +354,7 @@ if triton is not None:
 
 def tile_shape(C, T, itemsize):
     """(BR, BC): fewer rows where all steps' loads, which stay in registers, are above 16 bytes."""
-    tile = TILE
+    tile = TILE if T > 1 else 2 * TILE  # of one step alone too few loads would be in flight
     while tile * T * itemsize > TILE * 16:
         tile //= 2
     columns = min(64, max(16, triton.next_power_of_2(C)))
