@@ -146,7 +146,9 @@ class FiringRates:
     def count(self, i, module, inputs, spikes):
         self.neuron_steps[i] = module.neuron.T * spikes[0].numel()
         if not module.training:
-            self.spikes[i].add_(spikes.sum(dtype=torch.float64))
+            # of an image exact in fp32, which is twice as fast as all of it in fp64
+            counts = spikes.sum((1, 2, 3), dtype=torch.float32)  # (T*B, C, H, W) -> (T*B,)
+            self.spikes[i].add_(counts.sum(dtype=torch.float64))
 
     def read(self, images):
         """{layer: rate} over so many images that all processes saw together; starts anew."""

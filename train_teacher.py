@@ -468,7 +468,8 @@ def evaluator(predict, data, args):
     processes share. predict: uint8 images (B, C, H, W) and their index in the test set (B,) ->
     class scores (B, K)."""
     N, device = len(data.test_y), data.test_y.device
-    B = min(N, 4 * args.batch_size // world_size())  # without gradients there is room for four
+    B = 4 * args.batch_size // world_size()  # without gradients there is room for four
+    B = math.ceil(N / math.ceil(N / B))      # of batches as equal as they can be: few are short
     index = torch.empty(B, dtype=torch.long, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # correct, loss, over the images
 

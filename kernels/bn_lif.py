@@ -18,8 +18,9 @@ Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T
 
 `bn_lif_reference` is the specification; given the same statistics the kernels' spikes equal its own
 bit for bit in fp32. On PyTorch, and for the plain derivative, bn_lif is batch norm, add, `lif`.
-With a ReLU for the neuron, whose window is current > 0, the same kernels are `bn_relu`; with nothing
-in its place, and no bits, `batch_norm`.
+
+With one step and a ReLU for the neuron, its window current > 0, the same kernels are what a teacher
+computes behind its convolutions; with neither neuron nor bits, what a shortcut does: `bn_act`.
 """
 
 import torch
@@ -82,7 +83,7 @@ class _AllReduce(torch.autograd.Function):
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group=None):
     """F.batch_norm of x (N, C, H, W), one shape on every rank of `group`, statistics of all."""
-    if group is None or not training:
+    if group is None or group.size() == 1 or not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     ranks, name = group.size(), group.group_name
     per_channel = (-1, 1, 1)
@@ -352,34 +353,33 @@ if triton is not None:
                 total = tl.zeros([BR, BC], tl.float32)
 
 
-def tile_shape(C, T, itemsize):
+def tile_shape(C, T, itemsize, reducing=False):
     """(BR, BC): fewer rows where all steps' loads, which stay in registers, are above 16 bytes."""
-    tile = TILE if T > 1 else 2 * TILE  # of one step alone too few loads would be in flight
+    tile = TILE
+    if reducing and T == 1:  # too few loads in flight: 2.4% of a step of stage 1 on an H200
+        tile *= 2
     while tile * T * itemsize > TILE * 16:
         tile //= 2
     columns = min(64, max(16, triton.next_power_of_2(C)))
     return tile // columns, columns
 
 
-def _grid(x, T, programs=None):
-    """Tiles down and across a time-step of x; or about so many programs, where there are more."""
+def _tiles(x, T, reducing):
+    """Grid and tile: all tiles down and across a time-step of x, or REDUCING programs of them."""
     C = x.shape[-1]
-    rows, columns = tile_shape(C, T, x.element_size())
-    down = triton.cdiv(x[0].numel(), rows * C)
-    across = triton.cdiv(C, columns)
-    if programs is not None:
-        down = min(down, max(1, programs // across))
-    return down, across
+    rows, columns = tile_shape(C, T, x.element_size(), reducing)
+    down, across = triton.cdiv(x[0].numel(), rows * C), triton.cdiv(C, columns)
+    if reducing:
+        down = min(down, max(1, REDUCING // across))
+    return (down, across), dict(BR=rows, BC=columns)
 
 
-def _launch(kernel, x, T, *args, programs=None):
+def _launch(kernel, x, T, *args, reducing=False):
     """A kernel of x (T, B, H, W, C), contiguous, and what else it takes before C."""
-    C, N = x.shape[-1], x[0].numel()
-    rows, columns = tile_shape(C, T, x.element_size())
-    grid = _grid(x, T, programs)
+    grid, tile = _tiles(x, T, reducing)
     with torch.cuda.device_of(x):  # no contraction: products and sums stay apart
         kernel[grid](
-            x, *args, C, N, T=T, TX=len(x), BR=rows, BC=columns,
+            x, *args, x.shape[-1], x[0].numel(), T=T, TX=len(x), **tile,
             num_warps=4, enable_fp_fusion=False)
 
 
@@ -405,7 +405,7 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
     n = x.numel() // C  # values of a channel, on this rank
     parts = _new_parts(x, len(x), 3)
     vectors = _new_vectors(weight)
-    _launch(_statistics_kernel, x, len(x), parts, programs=REDUCING)
+    _launch(_statistics_kernel, x, len(x), parts, reducing=True)
     if group:  # a mean and a variance travel; then a rank is one part of the whole
         _combine(_vectors_kernel, parts, C, weight, bias, None, None, vectors, n, momentum, eps)
         ops = torch.ops._c10d_functional
@@ -432,15 +432,16 @@ def _constants(weight, bias, mean, var, eps):
 
 
 @torch.library.custom_op(f"{OPS}::bn_act", mutates_args=(), schema="""(
-    Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor vectors, SymInt T, str activation,
-    float decay, float v_th, float lens, bool training, str group, SymInt ranks, bool save
-    ) -> (Tensor, Tensor)""")
+    Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor vectors, SymInt T,
+    str activation, float decay, float v_th, float lens, bool training, str group, SymInt ranks,
+    bool save) -> (Tensor, Tensor)""")
 def _bn_act(
     x, residual, weight, bias, vectors, T, activation, decay, v_th, lens, training, group, ranks,
     save,
 ):
-    """Spikes (T, B, H, W, C) and bits (ceil(T/4), B, H, W, C), none unless `save`. weight, bias,
-    training (False: constant statistics), the group's name and size are for the derivative."""
+    """Spikes (T, B, H, W, C), or what else the activation makes, and bits (ceil(T/4), B, H, W, C),
+    none unless `save`. activation: "lif", "relu" or "". weight, bias, training (False: constant
+    statistics), the group's name and size are for the derivative."""
     refuse_forward_mode("bn_lif")
     spikes, bits = _new_outputs(x, T, activation, save)
     kept = bits if len(bits) else None
@@ -458,7 +459,7 @@ def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
     n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
     inv = 1 / (2 * lens)
     data = x, len(g), g.contiguous(), bits if len(bits) else None, vectors
-    _launch(_reduce_kernel, *data, parts, decay, inv, programs=REDUCING)
+    _launch(_reduce_kernel, *data, parts, decay, inv, reducing=True)
     if group:
         parts = _AllReduce.apply(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
     _combine(_means_kernel, parts, x.shape[-1], vectors, means, n, ranks)
@@ -472,7 +473,7 @@ def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
 
 
 def _new_parts(x, T, rows):
-    programs, _ = _grid(x, T, REDUCING)
+    (programs, _), _ = _tiles(x, T, reducing=True)
     return x.new_empty(rows, programs, x.shape[-1], dtype=torch.float32)
 
 
@@ -533,6 +534,17 @@ _bn_act.register_autograd(_backward, setup_context=_setup)
 
 # ---------------------------------------------------------------------------- what users call
 
+def _check_vectors(C, n, weight, bias, running_mean, running_var, training):
+    """Raise where the vectors are not those of a batch norm of C channels with n values each."""
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is not None and vector.shape != (C,):
+            raise ValueError(f"weight, bias, running statistics must be ({C},): {vector.shape}")
+    if (running_mean is None) != (running_var is None) or not training and running_mean is None:
+        raise ValueError("give running_mean and running_var together; training=False needs them")
+    if training and n < 2:
+        raise ValueError("batch statistics need more than one value a channel")
+
+
 def bn_lif(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
     running_mean: Tensor | None = None, running_var: Tensor | None = None, *,
@@ -569,22 +581,13 @@ def bn_lif(
     C = x.shape[2]
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
-    for vector in (weight, bias, running_mean, running_var):
-        if vector is not None and vector.shape != (C,):
-            raise ValueError(f"weight, bias, running statistics must be ({C},): {vector.shape}")
-    if (running_mean is None) != (running_var is None) or not training and running_mean is None:
-        raise ValueError("give running_mean and running_var together; training=False needs them")
-    if group is not None and (group.size() == 1 or not training):
-        group = None  # there is nothing to share
-    ranks = 1 if group is None else group.size()
-    n = x.numel() // C
-    if training and ranks * n < 2:
-        raise ValueError(f"batch statistics need more than one value a channel: {tuple(x.shape)}")
+    n = x.numel() // C * (1 if group is None else group.size())  # values a channel
+    _check_vectors(C, n, weight, bias, running_mean, running_var, training)
 
     if impl == "triton" and detach_reset and n > 0 and not transformed():
         return _fused(x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
                       group, steps, "lif", decay, v_th, lens)
-    # in three steps, with an fp32 current; fp32 vectors, of a network that was made 16 bits wide too
+    # in three steps, with an fp32 current, of a network that was made 16 bits wide too
     acc = state_dtype(x)
     mean, var = running_mean, running_var
     if mean is not None:
@@ -607,12 +610,19 @@ def bn_act(
     relu: bool = True, training: bool = True, momentum: float = 0.1, eps: float = 1e-5, group=None,
     impl: str | None = None,
 ) -> Tensor:
-    """relu(batch norm + residual) of x (B, C, H, W), by the same kernels as bn_lif's; relu=False:
-    batch norm and the add alone. What a teacher and the shortcuts compute behind a convolution.
+    """relu(batch norm + residual) of x (B, C, H, W): what a teacher computes behind a convolution;
+    relu=False, without a ReLU: what a shortcut does.
 
-    All else as in `bn_lif`, with one time-step. Kept for the backward are x and a byte a neuron.
+    All else as in `bn_lif`, whose kernels it shares. On Triton x is kept for the backward, and a
+    byte a neuron for a ReLU. On PyTorch it is F.batch_norm, the add and F.relu.
     """
-    if choose_impl(x, 1, impl) == "triton" and x.numel() > x.shape[1] and not transformed():
+    check(x)
+    B, C, H, W = x.shape
+    n = B * H * W * (1 if group is None else group.size())  # values a channel
+    _check_vectors(C, n, weight, bias, running_mean, running_var, training)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)}, not {tuple(residual.shape)}")
+    if choose_impl(x, 1, impl) == "triton" and n > 0 and not transformed():
         if residual is not None:
             residual = residual.unsqueeze(0)
         return _fused(
@@ -630,7 +640,9 @@ def _fused(x, residual, weight, bias, mean, var, training, momentum, eps, group,
     x = x.permute(0, 1, 3, 4, 2).contiguous()  # -> (T, B, H, W, C), of channels-last a view
     if residual is not None:
         residual = residual.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous()
-    name, ranks = ("", 1) if group is None else (group.group_name, group.size())
+    name, ranks = "", 1
+    if group is not None and group.size() > 1 and training:  # there is something to share
+        name, ranks = group.group_name, group.size()
     constants = weight.detach(), bias.detach(), mean, var  # their derivative is _bn_act's
     if training:
         vectors = _vectors(x.detach(), *constants, momentum, eps, name, ranks)

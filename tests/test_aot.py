@@ -69,6 +69,7 @@ def bn_lif_cases():
     K = importlib.import_module("kernels.bn_lif")
     kernels = {  # constants (planes of x, where not T; Triton makes one of 1) and pointers to None
         "statistics": (K._statistics_kernel, {}, ""),
+        "relu_statistics": (K._statistics_kernel, {"T": 1, "TX": 1}, ""),
         "forward": (K._forward_kernel, {}, ""),
         "inference": (K._forward_kernel, {}, "Bits Residual"),
         "static": (K._forward_kernel, {"TX": 1}, "Residual"),
@@ -97,7 +98,8 @@ def bn_lif_cases():
         aligned = [name for name, kind in types.items() if kind[0] == "*"]
         aligned += ["C", "N"] * (form == "vector")
         T = given.get("T", T)
-        rows, columns = K.tile_shape(64, T, ITEM[dtype])
+        reducing = kernel in (K._statistics_kernel, K._reduce_kernel)
+        rows, columns = K.tile_shape(64, T, ITEM[dtype], reducing)
         tiles = {"T": T, "TX": T, "BR": rows, "BC": columns, "ACTIVATION": "lif"}
         channels = {"BP": K.PARTS, "CHANNELS": K.CHANNELS}
         constants = tiles | channels | given | dict.fromkeys(none.split())
@@ -245,10 +247,11 @@ def test_lif_bytes_per_neuron_step(compiled, dtype, form):
 
 
 def test_bn_lif_moves_16_bytes_at_a_time(compiled):
-    """A thread's 8 neurons a time-step (16 of one step alone): x, g, residual, spikes, gradients.
-    Narrower are only per-channel vectors and bits, and nothing is read twice."""
+    """A thread's 8 neurons a time-step (16 in a sum of one alone): x, g, residual, spikes,
+    gradients. Narrower are only per-channel vectors and bits, and nothing is read twice."""
     planes = {  # read and written a step, read and written once, per-channel vectors
-        "statistics": (1, 0, 1, 0, 0), "forward": (2, 1, 0, 0, 2), "inference": (1, 1, 0, 0, 2),
+        "statistics": (1, 0, 1, 0, 0), "relu_statistics": (1, 0, 1, 0, 0),
+        "forward": (2, 1, 0, 0, 2), "inference": (1, 1, 0, 0, 2),
         "relu": (2, 1, 0, 0, 2), "relu_frozen": (2, 1, 0, 0, 2), "relu_reduce": (2, 0, 0, 0, 2),
         "relu_apply": (2, 2, 0, 0, 4), "shortcut": (1, 1, 0, 0, 2),
         "shortcut_reduce": (2, 0, 0, 0, 2), "shortcut_apply": (2, 1, 0, 0, 4),
@@ -258,7 +261,7 @@ def test_bn_lif_moves_16_bytes_at_a_time(compiled):
         which, T = name.split()[1], c["T"]
         if which not in planes or T * ITEM[name.split()[2]] > 16:  # fewer neurons a thread
             continue
-        neurons = 8 if T > 1 else 16
+        neurons = 16 if which in ("relu_statistics", "relu_reduce", "shortcut_reduce") else 8
         step = neurons * ITEM[name.split()[2]]
         load, store, load_once, store_once, vectors = planes[which]
         loads, stores = (T * load + load_once) * step, (T * store + store_once) * step

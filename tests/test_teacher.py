@@ -208,6 +208,19 @@ def test_evaluation_counts_every_image_once(n):
     assert shown == [*range(n)] * 2
 
 
+def test_evaluation_has_batches_of_one_size():
+    """Of a recorded one: what is shorter is launched kernel by kernel. Two of 6, not 8 and 4."""
+    data, sizes = tiny_data(12), []
+    data.test_x, data.test_y = data.train_x, data.train_y
+
+    def predict(images, index):
+        sizes.append(len(index))
+        return torch.zeros(len(index), 3)
+
+    train_teacher.evaluator(predict, data, parse_args(["--batch-size", "2"]))()
+    assert sizes == [6, 6]
+
+
 # ---------------------------------------------------------------------------------- flags, recipes
 def test_the_recipe_is_the_papers():
     args = parse_args([])
@@ -309,6 +322,59 @@ def test_a_step_runs_three_times_is_recorded_once_and_replayed(monkeypatch, caps
     assert log == launched * 3 + ["record"] + after * 3
     said = "not recorded, each step is launched anew: stream is capturing\n" if failure else ""
     assert capsys.readouterr() == (said, "")
+
+
+@pytest.mark.parametrize("c_in,c_out,kernel,stride", [
+    (3, 8, 3, 1), (8, 16, 3, 2), (8, 16, 1, 2), (3, 4, 7, 2)])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_convolution_of_a_recorded_step(c_in, c_out, kernel, stride, half):
+    """Values and gradients of F.conv2d, bit for bit; of 16 bits, too, as autocast computes it."""
+    layer = train_teacher.conv(c_in, c_out, kernel, stride)
+    x = torch.randn(2, c_in, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = layer(x)
+    given = x.bfloat16() if half else x
+    y = train_teacher.Convolution.apply(given, layer.weight, layer.stride, layer.padding)
+    assert torch.equal(y, expected)
+    g, inputs = torch.randn_like(y), [x, layer.weight]
+    for a, b in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g)):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_a_branch_waits_for_what_it_reads_and_is_waited_for(monkeypatch):
+    log, x = [], torch.ones(1)
+
+    class Stream:
+        def __init__(self, name="branch"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def stream(s):
+        log.append(f"on {s.name}")
+        yield
+        log.append("back")
+
+    fakes = dict(Stream=Stream, current_stream=lambda: Stream("main"), stream=stream)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    branch = train_teacher.Branch()
+    with branch.beside(x):
+        log.append("work")
+    branch.join()
+    assert log == ["work"]  # in place, where nothing is recorded
+
+    monkeypatch.setattr(train_teacher, "recording", lambda x: True)
+    log.clear()
+    with branch.beside(x):
+        log.append("work")
+    assert branch.tensors[0] is x  # or the next layer would be given its memory
+    branch.join()
+    branch.join()  # of nothing
+    assert log == ["branch waits for main", "on branch", "work", "back", "main waits for branch"]
+    assert not branch.tensors
 
 
 @pytest.mark.parametrize("flags,device", [
