@@ -25,10 +25,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train_teacher
+from kernels.conv import Branch
 from kernels.lif import choose_impl
 from train_teacher import (
     Batches,
-    Branch,
     Parser,
     ResNet,
     TrainingRun,

@@ -21,7 +21,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import nn
 
-from kernels import BatchNorm2d
+from kernels import BatchNorm2d, Conv2d
+from kernels.conv import weight_gradients
 
 # ------------------------------------------------------------------------------------------ recipe
 # paper, sections 4.1 and (milestones) 4.4; where it is silent (crop, flip) the authors' code
@@ -310,71 +311,6 @@ class BatchNormReLU(BatchNorm2d):
 
     def forward(self, x, residual=None):
         return super().forward(x, residual, relu=True)
-
-
-def recording(x):
-    """Whether what is done with x becomes part of a CUDA graph."""
-    if torch.compiler.is_compiling() or not x.is_cuda:
-        return False
-    return torch.cuda.is_current_stream_capturing()
-
-
-class Branch:
-    """Work that a recorded step does beside what follows it, until join(): a branch of the graph,
-    whose kernels fill the gaps of others. In a step that is not recorded it is done in place."""
-    stream, tensors = None, ()
-
-    @contextmanager
-    def beside(self, *tensors):
-        """tensors: what it reads; kept until join(), else others would be given their memory."""
-        if not recording(tensors[0]):
-            yield
-            return
-        self.stream, self.tensors = self.stream or torch.cuda.Stream(), tensors
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def join(self):
-        if self.tensors:
-            torch.cuda.current_stream().wait_stream(self.stream)
-        self.tensors = ()
-
-
-weight_gradients = Branch()
-
-
-class Convolution(torch.autograd.Function):
-    """F.conv2d whose weight gradient, for which only the optimizer waits, is computed beside the
-    backward of the layer below: one is arithmetic, the other mostly memory."""
-
-    @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        kernel = weight.to(x.dtype)
-        ctx.save_for_backward(x, kernel)
-        ctx.dtype, ctx.options = weight.dtype, (None, stride, padding, (1, 1), False, (0, 0), 1)
-        return F.conv2d(x, kernel, None, stride, padding)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, kernel = ctx.saved_tensors
-        weight_gradients.join()  # of the layer above
-        backward, dx = torch.ops.aten.convolution_backward, None
-        if ctx.needs_input_grad[0]:
-            dx, _, _ = backward(g, x, kernel, *ctx.options, (True, False, False))
-        with weight_gradients.beside(g, x, kernel):
-            _, dw, _ = backward(g, x, kernel, *ctx.options, (False, True, False))
-            dw = dw.to(ctx.dtype)
-        return dx, dw, None, None
-
-
-class Conv2d(nn.Conv2d):
-    def forward(self, x):
-        if not recording(x):
-            return super().forward(x)
-        if torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.get_autocast_dtype("cuda"))
-        return Convolution.apply(x, self.weight, self.stride, self.padding)
 
 
 def conv(c_in, c_out, kernel, stride=1):
@@ -761,7 +697,7 @@ def average(tensor):
 
 def average_gradients(model):
     """Mean of the gradients over the processes: one message, of which they become views."""
-    weight_gradients.join()
+    weight_gradients.join()  # in a recorded step the last one may be on its way
     if not grouped():
         return
     parameters = list(model.parameters())

@@ -14,6 +14,7 @@ from conftest import CPU, call
 from PIL import Image
 
 import train_teacher
+from kernels import conv
 from train_teacher import Batches, Images, ResNet, load_checkpoint, load_data, parse_args
 
 # read with the first matrix product of the process, wherever that is
@@ -334,7 +335,7 @@ def test_the_convolution_of_a_recorded_step(c_in, c_out, kernel, stride, half):
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         expected = layer(x)
     given = x.bfloat16() if half else x
-    y = train_teacher.Convolution.apply(given, layer.weight, layer.stride, layer.padding)
+    y = conv._Convolution.apply(given, layer.weight, layer.stride, layer.padding)
     assert torch.equal(y, expected)
     g, inputs = torch.randn_like(y), [x, layer.weight]
     for a, b in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g)):
@@ -360,13 +361,13 @@ def test_a_branch_waits_for_what_it_reads_and_is_waited_for(monkeypatch):
     fakes = dict(Stream=Stream, current_stream=lambda: Stream("main"), stream=stream)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    branch = train_teacher.Branch()
+    branch = conv.Branch()
     with branch.beside(x):
         log.append("work")
     branch.join()
     assert log == ["work"]  # in place, where nothing is recorded
 
-    monkeypatch.setattr(train_teacher, "recording", lambda x: True)
+    monkeypatch.setattr(conv, "recording", lambda x: True)
     log.clear()
     with branch.beside(x):
         log.append("work")
