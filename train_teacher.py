@@ -53,8 +53,8 @@ PAPER = dict(
     crop_padding=4,     # pixels of zeros around an image before the random crop
     flip=True,          # mirror half of the training images
 )
-# five times fewer epochs of larger batches at the same rate an image: 76.32% on CIFAR-100 in 95 s
-# of one H200 (results/h200/teacher.jsonl)
+# five times fewer epochs of larger batches at the same rate an image: 76.03% on CIFAR-100 in 67 s
+# of one H200 (results/h200/table3/teacher.jsonl)
 FAST = PAPER | dict(
     epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear",
     warmup=0.25)

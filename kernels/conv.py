@@ -79,8 +79,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d; without bias, dilation and groups a recorded step computes its weight gradient on a
-    branch: `weight_gradients.join()` belongs between backward() and whoever reads gradients."""
+    """nn.Conv2d, whose weight gradient a recorded step computes on a branch where there is no bias,
+    dilation or group: `weight_gradients.join()` before anyone reads gradients."""
 
     def forward(self, x):
         plain = self.bias is None and self.dilation == (1, 1) and self.groups == 1
