@@ -60,8 +60,8 @@ LOSS = dict(
     temperature=4.0,  # softens the class scores of teacher and student
 )
 PAPER = train_teacher.PAPER | LOSS
-# a low rate, because a high one erases what was transferred: 74.64% on CIFAR-100 in 87 s of one
-# H200 (results/h200/idsnn-30.jsonl); 60 epochs at 0.2 have 74.92% in 167 s
+# a low rate, because a high one erases what was transferred: 74.64% on CIFAR-100, 87 s in epochs
+# on one H200 (results/h200/idsnn-30.jsonl); 60 epochs at 0.2 have 74.92% in 167 s
 FAST = train_teacher.FAST | LOSS | dict(epochs=30, lr=0.04, warmup=0.03)
 DIGITS = train_teacher.DIGITS | dict(epochs=24)
 RECIPES = dict(paper=PAPER, fast=FAST)
@@ -146,7 +146,7 @@ class FiringRates:
     def count(self, i, module, inputs, spikes):
         self.neuron_steps[i] = module.neuron.T * spikes[0].numel()
         if not module.training:
-            # of an image exact in fp32, which is twice as fast as all of it in fp64
+            # an image's count is exact in fp32; a sum of all in fp64 took twice as long on a CPU
             counts = spikes.sum((1, 2, 3), dtype=torch.float32)  # (T*B, C, H, W) -> (T*B,)
             self.spikes[i].add_(counts.sum(dtype=torch.float64))
 
@@ -257,7 +257,7 @@ def main(argv=None):
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, accuracy, ce, kd
     noise_seed = torch.zeros((), dtype=torch.long, device=device)  # of Poisson spikes
-    teaching = Branch()
+    teaching = Branch()  # beside the student, where the step is recorded
 
     def step():
         optimizer.zero_grad()

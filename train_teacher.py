@@ -37,7 +37,6 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import nn
 
 from kernels import BatchNorm2d, Conv2d
-from kernels.conv import weight_gradients
 
 # ------------------------------------------------------------------------------------------ recipe
 # paper, sections 4.1 and (milestones) 4.4; where it is silent (crop, flip) the authors' code
@@ -53,8 +52,8 @@ PAPER = dict(
     crop_padding=4,     # pixels of zeros around an image before the random crop
     flip=True,          # mirror half of the training images
 )
-# five times fewer epochs of larger batches at the same rate an image: 76.03% on CIFAR-100 in 67 s
-# of one H200 (results/h200/table3/teacher.jsonl)
+# five times fewer epochs of larger batches at the same rate an image: 76.03% on CIFAR-100, 57 s in
+# epochs on one H200 (results/h200/table3/teacher.jsonl)
 FAST = PAPER | dict(
     epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear",
     warmup=0.25)
@@ -405,7 +404,7 @@ def evaluator(predict, data, args):
     class scores (B, K)."""
     N, device = len(data.test_y), data.test_y.device
     B = 4 * args.batch_size // world_size()  # without gradients there is room for four
-    B = math.ceil(N / math.ceil(N / B))      # of batches as equal as they can be: few are short
+    B = math.ceil(N / math.ceil(N / B))      # as equal as they can be: rarely one is shorter
     index = torch.empty(B, dtype=torch.long, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # correct, loss, over the images
 
@@ -697,7 +696,6 @@ def average(tensor):
 
 def average_gradients(model):
     """Mean of the gradients over the processes: one message, of which they become views."""
-    weight_gradients.join()  # in a recorded step the last one may be on its way
     if not grouped():
         return
     parameters = list(model.parameters())

@@ -19,8 +19,8 @@ Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T
 `bn_lif_reference` is the specification; given the same statistics the kernels' spikes equal its own
 bit for bit in fp32. On PyTorch, and for the plain derivative, bn_lif is batch norm, add, `lif`.
 
-With one step and a ReLU for the neuron, its window current > 0, the same kernels are what a teacher
-computes behind its convolutions; with neither neuron nor bits, what a shortcut does: `bn_act`.
+`bn_act` runs the same kernels with one step, as behind the convolutions of a teacher and of
+shortcuts: with a ReLU in place of the neuron, its gradient passing where current > 0, or with none.
 """
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .lif import (
     OPS,
     check,
+    check_dtype,
     choose_impl,
     lif,
     lif_reference,
@@ -104,7 +105,10 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batch statistics are over all processes, on CPUs and GPUs."""
+    """nn.BatchNorm2d whose batch statistics are over all processes, on CPUs and GPUs.
+
+    forward(x, residual, relu) adds a residual and applies a ReLU behind it: `bn_act`.
+    """
 
     @property
     def group(self):
@@ -114,16 +118,20 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def count_batch(self):
         """Count a batch of training -> the weight of its statistics in the running ones."""
+        if self.num_batches_tracked is None:  # there are none
+            return 0.0
         self.num_batches_tracked += 1
         if self.momentum is None:  # a plain average over all batches
             return 1 / float(self.num_batches_tracked)
         return self.momentum
 
     def forward(self, x, residual=None, relu=False):
+        self._check_input_dim(x)
         momentum = self.count_batch() if self.training else 0.0
         return bn_act(
             x, self.weight, self.bias, residual, self.running_mean, self.running_var, relu=relu,
-            training=self.training, momentum=momentum, eps=self.eps, group=self.group)
+            training=self.training or self.running_mean is None, momentum=momentum, eps=self.eps,
+            group=self.group)
 
 
 # ---------------------------------------------------------------------------- Triton kernels
@@ -356,7 +364,7 @@ if triton is not None:
 def tile_shape(C, T, itemsize, reducing=False):
     """(BR, BC): fewer rows where all steps' loads, which stay in registers, are above 16 bytes."""
     tile = TILE
-    if reducing and T == 1:  # too few loads in flight: 2.4% of a step of stage 1 on an H200
+    if reducing and T == 1:  # too few loads in flight: 2.3% of a step of stage 1 on an H200
         tile *= 2
     while tile * T * itemsize > TILE * 16:
         tile //= 2
@@ -393,10 +401,10 @@ def _combine(kernel, parts, C, *args):  # a kernel of parts (rows, P, C), or of 
 
 # ---------------------------------------------------------------------------- operators
 # x is (T, B, H, W, C), contiguous; or (1, B, H, W, C), the same current at every step. what updates
-# the running statistics has no derivative; that of the statistics is in bn_lif's.
+# the running statistics has no derivative; that of the statistics is in bn_act's.
 
 @torch.library.custom_op(
-    f"{OPS}::bn_lif_vectors", mutates_args=("running_mean", "running_var"), schema="""(
+    f"{OPS}::bn_vectors", mutates_args=("running_mean", "running_var"), schema="""(
     Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,
     float momentum, float eps, str group, SymInt ranks) -> Tensor""")
 def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, ranks):
@@ -422,7 +430,7 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
     return vectors
 
 
-@torch.library.custom_op(f"{OPS}::bn_lif_constants", mutates_args=(), schema="""(
+@torch.library.custom_op(f"{OPS}::bn_constants", mutates_args=(), schema="""(
     Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> Tensor""")
 def _constants(weight, bias, mean, var, eps):
     """Vectors (5, C) of statistics that are given."""
@@ -442,7 +450,7 @@ def _bn_act(
     """Spikes (T, B, H, W, C), or what else the activation makes, and bits (ceil(T/4), B, H, W, C),
     none unless `save`. activation: "lif", "relu" or "". weight, bias, training (False: constant
     statistics), the group's name and size are for the derivative."""
-    refuse_forward_mode("bn_lif")
+    refuse_forward_mode(_name(activation))
     spikes, bits = _new_outputs(x, T, activation, save)
     kept = bits if len(bits) else None
     _launch(_forward_kernel, x, T, residual, spikes, kept, vectors, activation, decay, v_th, lens)
@@ -470,6 +478,10 @@ def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
         dresidual if need_dresidual else None,
         decay, inv)
     return dx, dresidual, means
+
+
+def _name(activation):
+    return "bn_lif" if activation == "lif" else "bn_act"
 
 
 def _new_parts(x, T, rows):
@@ -511,14 +523,15 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, g, _):
+    _, activation, decay, _, lens, training, group, ranks = ctx.options
     if torch.is_grad_enabled():  # true in a backward only with create_graph=True
-        raise RuntimeError("bn_lif has no second derivative: differentiate bn_lif_reference")
+        remedy = "differentiate bn_lif_reference" if activation == "lif" else "use impl='torch'"
+        raise RuntimeError(f"{_name(activation)} has no second derivative: {remedy}")
     x, vectors, *saved = ctx.saved_tensors
     if ctx.saved:
         bits, = saved
     else:
         _, bits = _bn_act(x, *saved, vectors, *ctx.options, True)
-    _, _, decay, _, lens, training, group, ranks = ctx.options
     need_dresidual = ctx.needs_input_grad[1]
     dx, dresidual, means = _bn_act_backward(
         g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual)
@@ -541,7 +554,7 @@ def _check_vectors(C, n, weight, bias, running_mean, running_var, training):
             raise ValueError(f"weight, bias, running statistics must be ({C},): {vector.shape}")
     if (running_mean is None) != (running_var is None) or not training and running_mean is None:
         raise ValueError("give running_mean and running_var together; training=False needs them")
-    if training and n < 2:
+    if training and n == 1:
         raise ValueError("batch statistics need more than one value a channel")
 
 
@@ -610,33 +623,39 @@ def bn_act(
     relu: bool = True, training: bool = True, momentum: float = 0.1, eps: float = 1e-5, group=None,
     impl: str | None = None,
 ) -> Tensor:
-    """relu(batch norm + residual) of x (B, C, H, W): what a teacher computes behind a convolution;
-    relu=False, without a ReLU: what a shortcut does.
+    """relu(batch norm + residual), as behind a teacher's convolution; relu=False: without a ReLU.
 
-    All else as in `bn_lif`, whose kernels it shares. On Triton x is kept for the backward, and a
-    byte a neuron for a ReLU. On PyTorch it is F.batch_norm, the add and F.relu.
+    x, residual   (B, C, H, W), dtypes as in `lif`
+    all else      as in `bn_lif`, with statistics over B, H, W
+
+    Returns (B, C, H, W) in x's dtype. On Triton, which has no second derivative, x is kept for the
+    backward, and a byte a neuron for a ReLU; on PyTorch it is F.batch_norm, the add and F.relu.
+    Raises TypeError for another dtype, ValueError where shapes don't fit.
     """
-    check(x)
+    check_dtype(x)
     B, C, H, W = x.shape
     n = B * H * W * (1 if group is None else group.size())  # values a channel
     _check_vectors(C, n, weight, bias, running_mean, running_var, training)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)}, not {tuple(residual.shape)}")
-    if choose_impl(x, 1, impl) == "triton" and n > 0 and not transformed():
+    fused = choose_impl(x, 1, impl) == "triton" and weight is not None
+    if fused and n > 0 and not transformed():
         if residual is not None:
             residual = residual.unsqueeze(0)
-        return _fused(
+        y = _fused(
             x.unsqueeze(0), residual, weight, bias, running_mean, running_var, training, momentum,
-            eps, group, 1, "relu" if relu else "").squeeze(0)
+            eps, group, 1, "relu" if relu else "", decay=0.0, v_th=0.0, lens=0.5)  # slope 1
+        return y.squeeze(0)
     y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
     if residual is not None:
-        y = y + residual
+        y = y + residual.to(y.dtype)
     return F.relu(y) if relu else y
 
 
 def _fused(x, residual, weight, bias, mean, var, training, momentum, eps, group, T, activation,
-           decay=0.0, v_th=0.0, lens=0.5):  # of a ReLU: a slope of 1 / (2*lens) = 1
+           decay, v_th, lens):
     """Batch norm, add and activation on Triton: x (T or 1, B, C, H, W) -> (T, B, C, H, W)."""
+    refuse_forward_mode(_name(activation))  # before running statistics change
     x = x.permute(0, 1, 3, 4, 2).contiguous()  # -> (T, B, H, W, C), of channels-last a view
     if residual is not None:
         residual = residual.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous()

@@ -309,6 +309,10 @@ def test_second_derivative_is_refused(impl):
     spikes = bn_lif(x, weight, bias, impl=impl)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(spikes, x, g, create_graph=True)
+    if impl == "triton":
+        y = bn_act(x[0], weight, bias, impl=impl)
+        with pytest.raises(RuntimeError, match="bn_act has no second derivative: use impl='torch'"):
+            torch.autograd.grad(y, x, g[0], create_graph=True)
 
 
 @both
@@ -460,10 +464,60 @@ def test_bn_act_is_batch_norm_add_and_relu(residual, relu, training, impl):
     with torch.no_grad():  # and in 16 bits, as under autocast
         half = bn_act(x.bfloat16(), weight, bias, added, relu=relu, impl=impl)
         full = bn_act(x, weight, bias, added, relu=relu, impl=impl)
-        assert half.dtype == torch.bfloat16 or added is not None and impl == "torch"
+        assert half.dtype == torch.bfloat16
         torch.testing.assert_close(half.float(), full, rtol=0.03, atol=0.03)
         x[0, 0, 0, 0] = torch.nan  # as F.relu: no mistake is hidden
         assert bn_act(x, weight, bias, relu=relu, impl=impl)[:, 0].isnan().all()
+
+
+@both
+def test_bn_act_in_16_bits(impl):
+    """As it trains a teacher: gradients of bf16 data within bf16's rounding of fp32's."""
+    *tensors, g = inputs(1, 8, 16, 6, 6, residual_layout="channels_last")
+    tensors = [t if t.dim() == 1 else t.detach()[0].requires_grad_() for t in tensors]
+    exact = gradients(bn_act(*tensors, impl=impl), tensors, g[0])
+    half = [t if t.dim() == 1 else t.detach().bfloat16().requires_grad_() for t in tensors]
+    got = gradients(bn_act(*half, impl=impl), half, g[0].bfloat16())
+    close([t.float() for t in got], exact, 0.1)  # a few outputs near 0 change their sign
+
+
+@both
+def test_a_relu_has_no_gradient_at_zero(impl):
+    x = torch.tensor([-1.0, 0.0, 1.0], device=DEVICE).view(3, 1, 1, 1).requires_grad_()
+    zero, one = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+    y = bn_act(x, one, zero, None, zero, one, training=False, impl=impl)
+    gradient, = torch.autograd.grad(y.sum(), x)
+    assert gradient.flatten().bool().tolist() == [False, False, True]
+
+
+@both
+def test_bn_act_of_nothing_and_what_it_refuses(impl):
+    x, weight, bias, _, _ = inputs(1, 2, 5, 4, 4)
+    x, vectors = x[0].detach(), (weight.detach(), bias.detach())
+    constants = dict(running_mean=vectors[1], running_var=vectors[0], training=False, impl=impl)
+    assert bn_act(x[:0], *vectors, **constants).shape == (0, 5, 4, 4)
+    gradient = torch.func.grad(lambda x: bn_act(x, *vectors, **constants).sum())(x)
+    assert gradient.shape == x.shape and gradient.any()
+    for error, words, args in (
+            (ValueError, "residual", (x, *vectors, x[:1])),  # would be read out of bounds
+            (ValueError, "weight", (x, vectors[0][:3], vectors[1])),
+            (TypeError, "int64", (x.long(), *vectors))):
+        with pytest.raises(error, match=words):
+            bn_act(*args, **constants)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(momentum=None), dict(track_running_stats=False), dict(affine=False)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_one_process_is_pytorchs(options, training):
+    ours, theirs = (kind(3, **options).to(DEVICE).train(training)
+                    for kind in (BatchNorm2d, torch.nn.BatchNorm2d))
+    for B in (4, 2, 0):
+        x = torch.randn(B, 3, 2, 2, device=DEVICE)
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(ValueError, match="4D"):
+        ours(x[:, :, 0])
 
 
 @needs_triton

@@ -88,6 +88,14 @@ def test_firing_rates_count_what_evaluation_sees():
     assert again != pytest.approx(rates)
 
 
+def test_spikes_of_16_bits_are_counted_exactly():
+    net = SpikingResNet(width=2, num_classes=3, T=2).eval()
+    firing, spikes = FiringRates(net), torch.ones(2, 2, 30, 30, dtype=torch.bfloat16)
+    spikes[0, 0, 0, 0] = 0
+    firing.count(0, net.bn1, (), spikes)
+    assert firing.spikes[0] == 2 * 1800 - 1  # in bf16 3,600
+
+
 def test_warnings_name_dead_and_saturated_layers():
     assert list(firing_warnings({"bn1": 0.2, "layer1.0.bn1": 0.999})) == []
     rates = {"bn1": 0.0, "layer1.0.bn1": 0.0, "layer4.1.bn2": 1.0, "layer1.0.bn2": 0.3}
