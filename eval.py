@@ -483,8 +483,11 @@ def main(argv=None):
     if args.export:
         import nir
         nir.write(args.export[1], to_nir(model.cpu(), run["data"]["shape"]))
-        print(f"{args.export[1]}: feed the image ({model.encoder} encoding) at each of "
-              f"{model.neuron.T} forward Euler steps of {NIR_DT:g} s;\n"
+        fed = "spikes of the image (poisson encoding)"
+        if model.encoder == "direct":
+            fed = "(pixel / 255 - mean) / std of the checkpoint's data (direct encoding)"
+        print(f"{args.export[1]}: feed {fed}\n"
+              f"at each of {model.neuron.T} forward Euler steps of {NIR_DT:g} s; "
               "the answer is the mean of `output` over them")
         return
 

@@ -50,7 +50,7 @@ from train_teacher import (
     setup,
     world_size,
 )
-from transfer_init import BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags, check_classes
+from transfer_init import IMPL, BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags, check_classes
 
 # ------------------------------------------------------------------------------------------ recipe
 # the teacher's, and the loss of eq. 6 to 8. the paper gives neither number: the authors' code has
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
     add("--dataset", type=os.path.expanduser, help="cifar10, cifar100, digits, or a folder")
     # the loss
-    add("--per-step", action="store_true", help="the loss of every time-step: better cut short")
+    add("--per-step", action="store_true", help="the loss of every time-step, for fewer of them")
     add("--alpha", type=number(float, 0), help="weight of the distillation loss, eq. 8")
     add("--temperature", type=number(float, 1e-6), help="of the softened class scores, eq. 6")
     add_neuron_flags(p)
@@ -263,9 +263,10 @@ def main(argv=None):
         optimizer.zero_grad()
         images, labels = batches.cut(plan)                      # (B, C, H, W) uint8, (B,)
         with autocast:
-            inputs = model.encode(images, data, plan[0], noise_seed)  # (B, ...) or (T, B, ...)
+            # plan[0]: which images of the data set; (B, C, H, W) or (T, B, C, H, W)
+            inputs = model.encode(images, data, plan[0], noise_seed)
             taught = None
-            if teacher is not None:  # sees the normalised image, which direct coding has made
+            if teacher is not None:  # sees the normalised image: direct coding's input already
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
                 with torch.no_grad(), teaching.beside(normalised):
                     taught = teacher(normalised).to(dtype)      # (B, K)
@@ -299,7 +300,7 @@ def main(argv=None):
         start="fresh weights (--no-init)" if args.no_init else args.init,
         teacher=f"{taught_by}, alpha {args.alpha:g}, temperature {args.temperature:g}",
         loss="of every time-step" if args.per_step else "of the mean over T",
-        kernels=choose_impl(model.fc.weight, args.T) if args.detach_reset else "reference",
+        kernels=choose_impl(model.fc.weight, args.T, IMPL) if args.detach_reset else "reference",
         data=data)
     with run.bar:
         for epoch in range(len(run.history), args.epochs):

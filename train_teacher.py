@@ -584,8 +584,9 @@ def milestones(text):
 def output(text):
     """An argparse type: a path at which a file can be written."""
     text = os.path.expanduser(text)  # in --out=~/r34.pt the shell leaves ~ as it is
-    if Path(text).is_dir() or not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: must be a file, in a folder that exists")
+    folder = Path(text).parent
+    if Path(text).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text}: must be a file, in a folder that takes files")
     return text
 
 
@@ -601,7 +602,8 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: a training goes on from its last save", file=sys.stderr)
+        print("interrupted: a training goes on from <out>.last, if it got that far, by the same "
+              "command without --fresh", file=sys.stderr)
         raise SystemExit(130) from None  # as a shell counts what Ctrl-C ended
     finally:
         # after an error NCCL would wait for messages that never come; the exit ends it too
@@ -783,6 +785,8 @@ def earlier_run(stage, args):
             "init", "teacher")                              # files, compared by their content
     if os.path.isdir(args.dataset):
         free += ("dataset",)                                # likewise, once it is loaded
+    if args.schedule != "step":
+        free += ("milestones",)                             # which nothing reads
     old, new = checkpoint["config"], vars(args)
     # a flag that an edit has added is in no old file, and stops nothing
     other = [k for k in new if k in old and k not in free and old[k] != new[k]]

@@ -55,6 +55,9 @@ class Neuron:
     detach_reset: bool = True   # their reset has no gradient
 
 
+IMPL = None  # of bn_lif: the fastest that runs; "reference" runs a neuron that was edited
+
+
 # ----------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
     """(arguments, teacher), whose file decides some of the defaults, which --help shows."""
@@ -139,7 +142,7 @@ class BatchNormLIF(BatchNorm2d):
             x, self.weight, self.bias, residual, self.running_mean, self.running_var,
             training=self.training, momentum=momentum, eps=self.eps, group=self.group,
             T=n.T if static else None, decay=n.decay, v_th=n.v_th, lens=n.lens,
-            detach_reset=n.detach_reset)
+            detach_reset=n.detach_reset, impl=IMPL)
         return spikes.flatten(0, 1)                      # (T, B, C, H, W) -> (T*B, C, H, W)
 
 

@@ -105,9 +105,8 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batch statistics are over all processes, on CPUs and GPUs.
-
-    forward(x, residual, relu) adds a residual and applies a ReLU behind it: `bn_act`.
+    """nn.BatchNorm2d whose batch statistics are over all processes of the default group, on CPUs
+    and GPUs. forward(x, residual, relu): `bn_act`.
     """
 
     @property
@@ -628,11 +627,14 @@ def bn_act(
     x, residual   (B, C, H, W), dtypes as in `lif`
     all else      as in `bn_lif`, with statistics over B, H, W
 
-    Returns (B, C, H, W) in x's dtype. On Triton, which has no second derivative, x is kept for the
-    backward, and a byte a neuron for a ReLU; on PyTorch it is F.batch_norm, the add and F.relu.
+    Returns (B, C, H, W) in x's dtype. On Triton x is kept for the backward, and a byte a neuron for
+    a ReLU, and there is no second derivative. On PyTorch, under torch.func and without weight and
+    bias (None) it is F.batch_norm, the add and F.relu.
     Raises TypeError for another dtype, ValueError where shapes don't fit.
     """
     check_dtype(x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
     B, C, H, W = x.shape
     n = B * H * W * (1 if group is None else group.size())  # values a channel
     _check_vectors(C, n, weight, bias, running_mean, running_var, training)

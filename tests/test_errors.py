@@ -4,6 +4,7 @@ before any work, and no file is touched.
 What a folder of images can have wrong is in test_data, foreign weights in test_transfer, parents
 that do not fit in test_idsnn, what another run left at --out in test_restart.
 """
+import os
 import pickle
 import random
 import re
@@ -153,12 +154,16 @@ def test_a_rank_that_a_shell_has_left(refused, monkeypatch, name):
     ("nowhere/new.pt", "argument --out: nowhere/new.pt"),
     ("r34.pt/new.pt", "argument --out: r34.pt/new.pt"),
     ("folder", "argument --out: folder"),
+    ("closed/new.pt", "argument --out: closed/new.pt"),
     ("notes.txt", "notes.txt cannot be read"),  # of somebody else, kept
 ])
 @pytest.mark.parametrize("script", ["train_teacher.py", "transfer_init.py", "train_idsnn.py"])
 def test_output_that_cannot_be_written(refused, monkeypatch, script, out, words):
     monkeypatch.setattr(train_teacher, "load_data", None)  # before that
     Path("folder").mkdir()
+    Path("closed").mkdir()
+    may = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "closed" and may(path, mode))
     Path("notes.txt").write_text("mine")
     refused(f"{script} {SOUND[script]} --out {out}", words)
 

@@ -10,6 +10,7 @@ from test_distributed import few
 
 import train_idsnn
 import train_teacher
+import transfer_init
 from train_idsnn import FiringRates, distillation, firing_warnings, objective
 from train_teacher import load_checkpoint
 from transfer_init import BatchNormLIF, SpikingResNet
@@ -200,6 +201,18 @@ def test_the_answer_is_the_mean_over_time_in_the_weights_precision(quick, monkey
     train("--precision bf16")
     assert scores[-1].dtype == torch.bfloat16 and len(answers) == 1
     assert answers[0].dtype == torch.float32 and torch.equal(answers[0], scores[-1].float().mean(0))
+
+
+def test_an_edited_neuron_runs_and_the_header_says_so(quick, run, monkeypatch):
+    """As README's forking table has it."""
+    from kernels import lif  # the module's function; its globals are what a forker edits
+    reference, calls = lif.__globals__["lif_reference"], []
+    monkeypatch.setitem(
+        lif.__globals__, "lif_reference", lambda *args: calls.append(1) or reference(*args))
+    for module in (transfer_init, train_idsnn):
+        monkeypatch.setattr(module, "IMPL", "reference")
+    out = run(STILL).out
+    assert "kernels  reference\n" in out and calls
 
 
 def test_a_run_warns_of_silent_layers(quick, run):

@@ -240,7 +240,7 @@ def test_other_flags_are_refused_by_name(quick, here, refused_untouched, begin, 
         ("--seed 7", "--seed is 0, not 7:"),
         ("--precision fp64", "--precision is fp32, not fp64:"),
         ("--width 4", "--width is 2, not 4:"),
-        ("--epochs 3", "--epochs is 2, not 3"),  # the milestones follow
+        ("--epochs 3", "--epochs is 2, not 3:"),  # the milestones follow, which nothing reads here
         ("--dataset cifar100", "--dataset is digits, not cifar100"),
     ]:
         refused_untouched(f"{command} {flags}", f"{left} is of another run", words, "--fresh")
