@@ -268,7 +268,7 @@ def main(argv=None):
             taught = None
             if teacher is not None:  # sees the normalised image: direct coding's input already
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
-                with torch.no_grad(), teaching.beside(normalised):
+                with torch.no_grad(), teaching.fork(normalised):
                     taught = teacher(normalised).to(dtype)      # (B, K)
             scores = model(inputs).to(dtype)                    # (T, B, K)
             teaching.join()

@@ -25,20 +25,21 @@ def recording(x):
 
 
 class Branch:
-    """Work that a recorded step does beside what follows, until join(). In a step that is not
-    recorded it is done in place. While it is open, `tensors` is not empty."""
+    """Work that a recorded step does beside what follows, from fork() to join(), on a stream of its
+    own. In a step that is not recorded it is done in place."""
 
     def __init__(self):
         self.main = self.stream = None
-        self.tensors = ()
+        self.tensors = ()  # what the open branch reads; empty where there is none
 
     @contextmanager
-    def beside(self, *tensors):
-        """tensors: what the branch reads. They are kept until join(): the allocator would give
-        their memory to what follows while the branch still reads it."""
+    def fork(self, *tensors):
+        """`with` it, on the branch. tensors: what is read there, kept until join(): the allocator
+        would give their memory to what follows while the branch still reads it."""
         if not recording(tensors[0]):
             yield
             return
+        # the stream that join() makes wait: autograd calls it from a thread of its own
         self.main = torch.cuda.current_stream()
         self.stream = self.stream or torch.cuda.Stream()
         self.tensors += tensors
@@ -72,12 +73,13 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, kernel = ctx.saved_tensors
+        # one call of cuDNN's for each gradient, in place of one for both: the same kernels
         backward, dx, dw = torch.ops.aten.convolution_backward, None, None
         weight_gradients.join()  # of the layer above
         if ctx.needs_input_grad[0]:
             dx, _, _ = backward(g, x, kernel, *ctx.options, (True, False, False))
         if ctx.needs_input_grad[1]:
-            with weight_gradients.beside(g, x, kernel):
+            with weight_gradients.fork(g, x, kernel):
                 _, dw, _ = backward(g, x, kernel, *ctx.options, (False, True, False))
                 dw = dw.to(ctx.dtype)
             # whoever called backward() finds the gradients ready (private, but FSDP's own way)
@@ -102,6 +104,7 @@ class Conv2d(nn.Conv2d):
             and weight.is_contiguous(memory_format=torch.channels_last))
         if not (plain and recording(x)):
             return super()._conv_forward(x, weight, bias)
+        # F.conv2d would do so; here what is saved has to be what it sees
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
         return _Convolution.apply(x, weight, self.stride, self.padding)

@@ -47,9 +47,9 @@ def fake_recording(monkeypatch):
 def test_a_branch_keeps_what_it_reads_until_it_is_waited_for(fake_recording, monkeypatch):
     log, branch = fake_recording, conv.Branch()
     one, two = torch.ones(1), torch.ones(2)
-    with branch.beside(one):
+    with branch.fork(one):
         log.append("work")
-    with branch.beside(two):
+    with branch.fork(two):
         log.append("more")
     assert branch.tensors[0] is one and branch.tensors[1] is two
     branch.join()
@@ -59,7 +59,7 @@ def test_a_branch_keeps_what_it_reads_until_it_is_waited_for(fake_recording, mon
     assert not branch.tensors
     log.clear()
     monkeypatch.setattr(conv, "recording", lambda x: False)
-    with branch.beside(one):
+    with branch.fork(one):
         log.append("in place")
     branch.join()
     assert log == ["in place"]
