@@ -311,15 +311,42 @@ def cifar(monkeypatch):
 @pytest.mark.parametrize("name,n", [("cifar10", 200), ("cifar100", 40)])
 def test_cifar_is_downloaded_once_and_read_right(cifar, tmp_path, name, n):
     data = load_data(name, tmp_path)
-    assert load_data(name, tmp_path).sha256 == data.sha256 and cifar == [name]
     *train, (test_x, test_y) = put_cifar(name, tmp_path / "again")
     planes = np.concatenate([x for x, _ in train])  # (N, C*H*W)
     expected = planes.reshape(n, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, H, W, C)
-    assert np.array_equal(data.train_x, expected)
-    assert data.train_y.tolist() == sum((y for _, y in train), [])
-    assert data.test_x[3, 5, 7, 2] == test_x[3].reshape(3, 32, 32)[2, 5, 7]
-    assert data.test_y.tolist() == test_y
-    assert data.classes[:2] == ["class 0", "class 1"] and data.shape == (3, 32, 32)
+    # the second time without torchvision's files, and without a download
+    for folder in tmp_path.glob("cifar-*"):
+        shutil.rmtree(folder)
+    for data in (data, load_data(name, tmp_path)):
+        assert np.array_equal(data.train_x, expected)
+        assert data.train_y.tolist() == sum((y for _, y in train), [])
+        assert data.test_x[3, 5, 7, 2] == test_x[3].reshape(3, 32, 32)[2, 5, 7]
+        assert data.test_y.tolist() == test_y
+        assert data.classes[:2] == ["class 0", "class 1"] and data.shape == (3, 32, 32)
+        assert str(data).startswith(f"{name}: {n} + 40 images of 3x32x32")
+    assert cifar == [name]
+    assert {file.name for file in tmp_path.iterdir()} == {"again", f"{name}.images"}
+
+
+def test_cifar_in_a_folder_for_reading_alone(cifar, tmp_path, monkeypatch):
+    put_cifar("cifar10", tmp_path)
+    # root, as which tests may run, may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    before = sorted(tmp_path.rglob("*"))
+    assert load_data("cifar10", tmp_path).sha256 == load_data("cifar10", tmp_path).sha256
+    assert sorted(tmp_path.rglob("*")) == before and cifar == []
+
+
+def test_damaged_pixels_of_cifar_are_not_read(cifar, tmp_path, capsys):
+    load_data("cifar10", tmp_path)
+    file = tmp_path / "cifar10.images"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of a pixel
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        load_data("cifar10", tmp_path)
+    assert end.value.code == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank,expected", [(0, ["cifar10", "waits"]), (1, ["waits"])])
