@@ -55,6 +55,19 @@ class Branch:
 
 
 weight_gradients = Branch()
+_branched = []  # (weight, address and version of its gradient), of the backward that runs
+
+
+def _end_backward():
+    """Wait for the weight gradients; raise where something added to one before that."""
+    weight_gradients.join()
+    branched = _branched.copy()
+    _branched.clear()
+    for weight, *made in branched:
+        g = weight.grad
+        if g is not None and [g.data_ptr(), g._version] != made:
+            raise RuntimeError("a convolution's weight has a second gradient (it is used twice, or "
+                               "the loss reads it), which did not wait: use nn.Conv2d")
 
 
 class _Convolution(torch.autograd.Function):
@@ -65,7 +78,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, stride, padding):
         kernel = weight.to(x.dtype)
         ctx.save_for_backward(x, kernel)
-        ctx.dtype = weight.dtype
+        ctx.weight = weight
         # no bias; dilation, transposed, output padding, groups
         ctx.options = None, stride, padding, (1, 1), False, (0, 0), 1
         return F.conv2d(x, kernel, None, stride, padding)
@@ -81,9 +94,10 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with weight_gradients.fork(g, x, kernel):
                 _, dw, _ = backward(g, x, kernel, *ctx.options, (False, True, False))
-                dw = dw.to(ctx.dtype)
-            # whoever called backward() finds the gradients ready (private, but FSDP's own way)
-            torch.autograd.Variable._execution_engine.queue_callback(weight_gradients.join)
+                dw = dw.to(ctx.weight.dtype)
+            _branched.append((ctx.weight, dw.data_ptr(), dw._version))
+            # before backward() returns (private, but FSDP's own way)
+            torch.autograd.Variable._execution_engine.queue_callback(_end_backward)
         return dx, dw, None, None
 
 
@@ -91,8 +105,8 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d, whose weight gradient a recorded step computes on the branch `weight_gradients`:
     of a channels-last parameter without a gradient yet, without bias, dilation and groups.
 
-    backward() ends with the branch. Where something reads a weight's gradient before that (hooks,
-    the sum over two uses of a layer, a penalty on the weight in the loss), use nn.Conv2d.
+    Nothing may touch a weight's gradient before backward() returns: where a hook reads it, use
+    nn.Conv2d; where the layer is used twice or the loss reads its weight, backward() raises.
     """
 
     def _conv_forward(self, x, weight, bias):

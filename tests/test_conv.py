@@ -116,6 +116,42 @@ def test_a_frozen_convolution_has_no_branch(fake_recording):
     assert layer.weight.grad is None and fake_recording == []
 
 
+def test_a_gradient_that_something_adds_to_is_refused(fake_recording):
+    """Its sum with another one would not wait for the branch: an error, not a wrong sum."""
+    layer = train_teacher.conv(4, 4, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 5, 5)
+
+    def used_once():
+        return layer(x).square().sum()
+
+    def used_twice():
+        return layer(layer(x)).square().sum()
+
+    def penalty():
+        return used_once() + layer.weight.square().sum()
+
+    def penalty_first():
+        return layer.weight.square().sum() + used_once()
+
+    for loss in (used_twice, penalty, penalty_first, used_once):
+        layer.zero_grad()
+        if loss is used_once:  # nothing is left of the errors before
+            loss().backward()
+            continue
+        with pytest.raises(RuntimeError, match="second gradient"):
+            loss().backward()
+    layer.zero_grad()
+    twice = used_once()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second gradient"):
+        twice.backward()
+    # the caller's own, not .grad
+    layer.zero_grad()
+    gradient, = torch.autograd.grad(used_once(), [layer.weight])
+    used_once().backward()
+    assert torch.equal(gradient, layer.weight.grad)
+
+
 class Race(TorchDispatchMode):
     """Of operators outside a branch, those that touch what it wrote and nobody has waited for."""
 
