@@ -1,26 +1,27 @@
-"""Batch norm, residual add and the LIF neuron, on Triton in one pass over memory.
+"""Batch norm, residual add and the LIF neuron, fused on Triton: one pass over memory for the batch
+statistics, one for all the rest.
 
     current[t] = x[t]*scale + shift + residual[t]      scale = weight / sqrt(var + eps)
     spikes     = LIF(current)   (paper eq. 2-4)        shift = bias - mean*scale
 
-mean and (biased) var are taken over T, B, H, W and over all ranks of a process group, or are given
-(evaluation). Backward, from dcurrent, which the neuron's recurrence gives from two bits per
-neuron-step (lif.py), with n values per channel and xhat = (x - mean) / sqrt(var + eps):
+In training, mean and (biased) var are taken over T, B, H, W and all ranks of a process group; in
+evaluation they are given. The backward first computes dcurrent from two bits per neuron-step
+(lif.py); with n values per channel and xhat = (x - mean) / sqrt(var + eps),
 
     dbias = sum(dcurrent)    dweight = sum(dcurrent*xhat)    dresidual = dcurrent
-    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    constant statistics: no means
+    dx    = (dcurrent - dbias/n - xhat*dweight/n) * scale    given statistics: dcurrent * scale
 
-Neither the current nor dcurrent ever lies in memory. Bytes per neuron-step at T = 4, bf16 / fp32:
+Neither current nor dcurrent is written to memory. Bytes per neuron-step at T = 4, bf16 / fp32:
 
     forward    statistics: read x 2 / 4; then read x, write spikes and bits 4.25 / 8.25
     backward   sums: read g, bits, x 4.25 / 8.25; then read g, bits, x, write dx 6.25 / 12.25
     residual   read 2 / 4 forward, write 2 / 4 backward
 
-`bn_lif_reference` is the specification; given the same statistics the kernels' spikes equal its own
-bit for bit in fp32. On PyTorch, and for the plain derivative, bn_lif is batch norm, add, `lif`.
+`bn_lif_reference` is the specification: of the same statistics the kernels make the same spikes,
+bit for bit in fp32. On PyTorch, and with detach_reset=False, bn_lif is batch norm, add, `lif`.
 
-`bn_act` runs the same kernels with one step, as behind the convolutions of a teacher and of
-shortcuts: with a ReLU in place of the neuron, its gradient passing where current > 0, or with none.
+`bn_act` runs the same kernels for a single step, with a ReLU in place of the neuron (a teacher) or
+with no activation (a shortcut's batch norm).
 """
 
 import torch
@@ -51,9 +52,9 @@ if triton is not None:
 
 def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e-5, decay=0.25,
                      v_th=0.5, lens=0.5, detach_reset=True):
-    """The equations as they stand, in fp32 (fp64), differentiated by autograd, statistics too.
+    """The equations in fp32 (fp64), differentiated by autograd, through the statistics, too.
 
-    x (T, B, C, H, W) -> spikes of x's shape and dtype. mean, var (C,): of x if None.
+    x (T, B, C, H, W) -> spikes of the same shape and dtype. mean, var (C,); None: those of x.
     """
     acc, per_channel = state_dtype(x), (-1, 1, 1)
     x_acc = x.to(acc)
@@ -70,7 +71,8 @@ def bn_lif_reference(x, weight, bias, residual=None, mean=None, var=None, eps=1e
 # ---------------------------------------------------------------------------- batch norm, PyTorch
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over the ranks of a group (its name), forward and backward; torch.compile traces it."""
+    """Differentiable sum over the ranks of a process group, given by its name. Its functional
+    collective is one that torch.compile can trace."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -83,13 +85,14 @@ class _AllReduce(torch.autograd.Function):
 
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group=None):
-    """F.batch_norm of x (N, C, H, W), one shape on every rank of `group`, statistics of all."""
+    """F.batch_norm of x (N, C, H, W) with the statistics of all ranks of `group`, whose x have one
+    shape."""
     if group is None or group.size() == 1 or not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     ranks, name = group.size(), group.group_name
     per_channel = (-1, 1, 1)
     x_acc = x.to(state_dtype(x))
-    # two rounds of messages: squares of what is centred lose no digits to a large mean
+    # two messages: the variance of centred values loses no digits to a large mean
     mean = _AllReduce.apply(x_acc.mean((0, 2, 3)), name) / ranks
     centred = x_acc - mean.view(per_channel)
     var = _AllReduce.apply(centred.square().mean((0, 2, 3)), name) / ranks
@@ -134,14 +137,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 # ---------------------------------------------------------------------------- Triton kernels
-# a time-step is (O, C) in memory, O = B*H*W, N = O*C. a tile is BR rows by BC channels, 64 or, of
-# fewer, the next power of two: what a channel has in common is read once a program, its sums are
-# sums over rows. T is unrolled; TX, the planes of x, is T or, where the current is the same at
-# every step, 1. C and N are run-time values.
+# in memory a time-step is (rows, C), rows = B*H*W, N = rows*C. a program's tile is BR rows by BC
+# channels (64, or of fewer the next power of two): a channel's constants are loaded once, its sums
+# are sums over rows. T is unrolled. TX, how many steps x has in memory, is T, or 1 where the
+# current is the same at every step. C and N are run-time values.
 
 TILE = 1024  # neurons of a program: 8 for each of 128 threads, 16 bytes in bf16
-REDUCING = 4 * 132  # programs of a reduction: a wave on an H100; fixed, so that sums repeat
-PARTS, CHANNELS = 256, 8  # tile of the kernels that combine the parts of a reduction
+REDUCE_PROGRAMS = 4 * 132  # one wave on an H100; fixed, so that sums have one order everywhere
+PART_ROWS, CHANNELS = 256, 8  # tile of the kernels that combine the parts of a reduction
 
 if triton is not None:
     # rows of Vectors (5, C)
@@ -151,18 +154,20 @@ if triton is not None:
 
     @triton.jit
     def _tile(row, C, N, BR: tl.constexpr, BC: tl.constexpr):
-        """Channels (1, BC), offsets and mask (BR, BC) of the tile that begins at `row`."""
+        """Channels (1, BC), offsets (BR, BC) and mask (BR, BC) of the tile that begins at `row`."""
         c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
         r = row + tl.arange(0, BR)[:, None]
         offsets = r.to(tl.int64) * C + c
         return c, offsets, (offsets < N) & (c < C)
 
     @triton.jit
-    def _row(Vectors, row, c, C):  # of a channel each: (rows, C) -> (1, BC)
+    def _row(Vectors, row, c, C):
+        """Row `row` of Vectors (rows, C) for the channels c: (1, BC), fp32."""
         return tl.load(Vectors + row * C + c, c < C, 0.0).to(tl.float32)
 
     @triton.jit
-    def _store_part(Parts, row, values, c, C):  # sums of columns -> Parts (rows, programs, C)
+    def _store_part(Parts, row, values, c, C):
+        """Column sums of `values` (BR, BC) -> row `row` of Parts (rows, programs, C)."""
         part = row * tl.num_programs(0) + tl.program_id(0)
         sums = tl.sum(values, 0, keep_dims=True)
         tl.store(Parts + part * C + c, sums, c < C)
@@ -172,8 +177,9 @@ if triton is not None:
         X, Parts, C, N: tl.int64,
         T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):
-        """Parts (3, P, C) of every P-th tile: sum(x - m), sum((x - m)**2), m. Reads x. About m, the
-        mean of the first tile, the same in every program, fp32 loses nothing to a large mean."""
+        """x -> Parts (3, P, C), each of every P-th tile: sum(x - m), sum((x - m)**2), m. Shifted by
+        m, the first tile's mean and the same in every program, fp32 loses no digits to a large
+        mean."""
         c, offsets, inside = _tile(0, C, N, BR, BC)
         x = tl.load(X + offsets, inside, 0).to(tl.float32)
         m = tl.sum(x, 0, keep_dims=True) * (1 / BR)
@@ -194,7 +200,7 @@ if triton is not None:
 
     @triton.jit
     def _combined(Parts, P, c, C, BP: tl.constexpr, CHANNELS: tl.constexpr):
-        """Of channels c (1, CHANNELS) in fp64 the sums of rows 0 and 1 of Parts (rows, P, C)."""
+        """Rows 0 and 1 of Parts (rows, P, C), summed over P in fp64: two of (1, CHANNELS)."""
         s1 = tl.zeros([BP, CHANNELS], tl.float64)
         s2 = s1
         for first in range(0, P, BP):
@@ -212,8 +218,8 @@ if triton is not None:
         n, momentum, eps,
         BP: tl.constexpr, CHANNELS: tl.constexpr,
     ):
-        """Parts (3, P, C) of n values -> Vectors (5, C) and, unless None, running statistics; Parts
-        None: the running statistics are the vectors'."""
+        """Parts (3, P, C) of n values a channel -> Vectors (5, C); updates the running statistics,
+        unless they are None. Without Parts, the running statistics are used as they are."""
         c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         weight = _row(Weight, 0, c, C)
         bias = _row(Bias, 0, c, C)
@@ -224,7 +230,7 @@ if triton is not None:
             s1, s2 = _combined(Parts, P, c, C, BP, CHANNELS)
             offset = s1 / n  # mean - m
             mean = _row(Parts, 2 * P, c, C) + offset
-            var = tl.maximum(s2 / n - offset * offset, 0.0)  # rounding apart never negative
+            var = tl.maximum(s2 / n - offset * offset, 0.0)  # negative by rounding alone
             if RunningMean is not None:
                 old_mean = _row(RunningMean, 0, c, C) * (1 - momentum)
                 old_var = _row(RunningVar, 0, c, C) * (1 - momentum)
@@ -249,7 +255,8 @@ if triton is not None:
         Parts, P, C, Vectors, Means, n, ranks,
         BP: tl.constexpr, CHANNELS: tl.constexpr,
     ):
-        """Parts (2, P, C) -> Means (4, C): dbias/n, dweight/n/std; dbias/ranks, dweight/ranks."""
+        """Parts (2, P, C) -> Means (4, C): dbias/n and dweight/n/std, for dx; dbias/ranks and
+        dweight/ranks, the gradients of bias and weight."""
         c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         dbias, s2 = _combined(Parts, P, c, C, BP, CHANNELS)
         inv_std = _row(Vectors, INV_STD, c, C)
@@ -261,35 +268,36 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        X, Residual, Spikes, Bits, Vectors,
+        X, Residual, Y, Bits, Vectors,
         ACTIVATION: tl.constexpr, decay, v_th, lens, C, N: tl.int64,
         T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):
-        """Reads x and the residual, writes spikes (or what another activation makes of the current)
-        and, unless Bits is None, two bits."""
+        """Reads x and the residual; writes spikes, or another activation's y, and, unless Bits is
+        None, two bits per neuron-step."""
         c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         xs = load_steps(X, N, offsets, inside, TX)
         if Residual is not None:
             residuals = load_steps(Residual, N, offsets, inside, T)
         scale = _row(Vectors, SCALE, c, C)
         shift = _row(Vectors, SHIFT, c, C)
-        leak = tl.zeros([BR, BC], tl.float32)
+        carry = tl.zeros([BR, BC], tl.float32)
         code = tl.zeros([BR, BC], tl.int32)
         for t in tl.static_range(T):
             current = xs[t % TX].to(tl.float32) * scale + shift
             if Residual is not None:
                 current += residuals[t].to(tl.float32)
             if ACTIVATION == "lif":
-                u, fired, window = fire(leak, current, v_th, lens)
-                spikes = tl.where(fired, 1.0, 0.0)
-                leak = u * tl.where(fired, 0.0, decay)
+                u, fired, window = fire(carry, current, v_th, lens)
+                y = tl.where(fired, 1.0, 0.0)
+                carry = u * tl.where(fired, 0.0, decay)
             elif ACTIVATION == "relu":
+                # with both bits alike and decay 0, backward_step is ReLU's derivative
                 fired = current > 0
                 window = fired
-                spikes = tl.where(current < 0, 0.0, current)  # a NaN stays one
+                y = tl.where(current < 0, 0.0, current)  # a NaN stays one, as in F.relu
             else:
-                spikes = current
-            tl.store(Spikes + t * N + offsets, spikes, inside)
+                y = current
+            tl.store(Y + t * N + offsets, y, inside)
             if Bits is not None:
                 code = pack(code, fired, window, t)
                 if t % 4 == 3 or t == T - 1:
@@ -299,10 +307,10 @@ if triton is not None:
     @triton.jit
     def _reduce_kernel(
         X, G, Bits, Vectors, Parts,
-        decay, inv, C, N: tl.int64,
+        decay, height, C, N: tl.int64,
         T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):
-        """Parts (2, P, C): sums of dcurrent and of dcurrent*(x - mean). Reads g, bits, x."""
+        """Reads g, bits, x -> Parts (2, P, C): sum(dcurrent), sum(dcurrent*(x - mean))."""
         c, offsets, inside = _tile(0, C, N, BR, BC)
         mean = _row(Vectors, MEAN, c, C)
         s1 = tl.zeros([BR, BC], tl.float32)
@@ -320,7 +328,7 @@ if triton is not None:
                 if Bits is None:  # no activation
                     du = gs[t].to(tl.float32)
                 else:
-                    du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
+                    du = backward_step(gs[t], du, codes[t // 4], t, decay, height)
                 s1 += du
                 s2 += du * (xs[t % TX].to(tl.float32) - mean)
         _store_part(Parts, 0, s1, c, C)
@@ -329,10 +337,11 @@ if triton is not None:
     @triton.jit
     def _apply_kernel(
         X, G, Bits, Vectors, Means, DX, DResidual,
-        decay, inv, C, N: tl.int64,
+        decay, height, C, N: tl.int64,
         T: tl.constexpr, TX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):
-        """Reads g, bits and, unless Means is None (constants), x; writes dx and dresidual."""
+        """Reads g, bits and, unless the statistics were given (Means None), x; writes dx and,
+        unless None, dresidual."""
         c, offsets, inside = _tile(tl.program_id(0) * BR, C, N, BR, BC)
         gs = load_steps(G, N, offsets, inside, T)
         if Bits is not None:
@@ -349,11 +358,11 @@ if triton is not None:
             if Bits is None:  # no activation
                 du = gs[t].to(tl.float32)
             else:
-                du = backward_step(gs[t], du, codes[t // 4], t, decay, inv)
+                du = backward_step(gs[t], du, codes[t // 4], t, decay, height)
             if DResidual is not None:
                 tl.store(DResidual + t * N + offsets, du, inside)
             total += du
-            if t < TX:  # the first step of those that plane t of x serves
+            if t < TX:  # of one current for all steps (TX = 1) only t = 0, the last to come
                 if Means is not None:
                     total = total - mean_d - (xs[t].to(tl.float32) - mean) * slope
                 tl.store(DX + t * N + offsets, total * scale, inside)
@@ -361,9 +370,9 @@ if triton is not None:
 
 
 def tile_shape(C, T, itemsize, reducing=False):
-    """(BR, BC): fewer rows where all steps' loads, which stay in registers, are above 16 bytes."""
+    """(BR, BC). All T loads of a neuron stay in registers: fewer rows where they pass 16 bytes."""
     tile = TILE
-    if reducing and T == 1:  # too few loads in flight: 2.3% of a step of stage 1 on an H200
+    if reducing and T == 1:  # else too few loads in flight: 2.3% of a step of stage 1 on an H200
         tile *= 2
     while tile * T * itemsize > TILE * 16:
         tile //= 2
@@ -372,17 +381,17 @@ def tile_shape(C, T, itemsize, reducing=False):
 
 
 def _tiles(x, T, reducing):
-    """Grid and tile: all tiles down and across a time-step of x, or REDUCING programs of them."""
+    """Grid and tile: a program for each tile of a time-step, or REDUCE_PROGRAMS that share them."""
     C = x.shape[-1]
     rows, columns = tile_shape(C, T, x.element_size(), reducing)
     down, across = triton.cdiv(x[0].numel(), rows * C), triton.cdiv(C, columns)
     if reducing:
-        down = min(down, max(1, REDUCING // across))
+        down = min(down, max(1, REDUCE_PROGRAMS // across))
     return (down, across), dict(BR=rows, BC=columns)
 
 
 def _launch(kernel, x, T, *args, reducing=False):
-    """A kernel of x (T, B, H, W, C), contiguous, and what else it takes before C."""
+    """Launch `kernel` on x (T, B, H, W, C), contiguous; args: its arguments between x and C."""
     grid, tile = _tiles(x, T, reducing)
     with torch.cuda.device_of(x):  # no contraction: products and sums stay apart
         kernel[grid](
@@ -390,35 +399,37 @@ def _launch(kernel, x, T, *args, reducing=False):
             num_warps=4, enable_fp_fusion=False)
 
 
-def _combine(kernel, parts, C, *args):  # a kernel of parts (rows, P, C), or of None
+def _combine(kernel, parts, C, *args):
+    """Launch `kernel` on parts (rows, P, C), or on None; args: its arguments after C."""
     P = 1 if parts is None else parts.shape[1]
     with torch.cuda.device_of(args[0]):
         kernel[(triton.cdiv(C, CHANNELS),)](
-            parts, P, C, *args, BP=PARTS, CHANNELS=CHANNELS,
+            parts, P, C, *args, BP=PART_ROWS, CHANNELS=CHANNELS,
             num_warps=8, enable_fp_fusion=False)
 
 
 # ---------------------------------------------------------------------------- operators
-# x is (T, B, H, W, C), contiguous; or (1, B, H, W, C), the same current at every step. what updates
-# the running statistics has no derivative; that of the statistics is in bn_act's.
+# x is (T, B, H, W, C), contiguous; or (1, B, H, W, C), the same current at every step. bn_vectors
+# updates the running statistics in place, and so has no derivative: it gets detached tensors, and
+# bn_act's derivative includes that of the statistics.
 
 @torch.library.custom_op(
     f"{OPS}::bn_vectors", mutates_args=("running_mean", "running_var"), schema="""(
     Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,
     float momentum, float eps, str group, SymInt ranks) -> Tensor""")
 def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, ranks):
-    """Vectors (5, C) of the statistics of x on all ranks, which update the running ones, if any."""
+    """Vectors (5, C) of the statistics of x on all ranks; updates the running ones, if any."""
     C = x.shape[-1]
     n = x.numel() // C  # values of a channel, on this rank
     parts = _new_parts(x, len(x), 3)
     vectors = _new_vectors(weight)
     _launch(_statistics_kernel, x, len(x), parts, reducing=True)
-    if group:  # a mean and a variance travel; then a rank is one part of the whole
+    if group:  # gather the means and variances of all ranks; then each rank is one part
         _combine(_vectors_kernel, parts, C, weight, bias, None, None, vectors, n, momentum, eps)
         ops = torch.ops._c10d_functional
-        own = vectors[:2].clone()
-        every = ops.wait_tensor(ops.all_gather_into_tensor(own, ranks, group))
-        mean, var = every.view(ranks, 2, C).unbind(1)  # (ranks*2, C) -> (ranks, C)
+        local = vectors[:2].clone()
+        gathered = ops.wait_tensor(ops.all_gather_into_tensor(local, ranks, group))
+        mean, var = gathered.view(ranks, 2, C).unbind(1)  # (ranks*2, C) -> (ranks, C)
         # about m, the first rank's mean, as the kernel's parts
         offset = mean - mean[0]
         s1, s2 = n * offset, n * (var + offset.square())
@@ -432,7 +443,7 @@ def _vectors(x, weight, bias, running_mean, running_var, momentum, eps, group, r
 @torch.library.custom_op(f"{OPS}::bn_constants", mutates_args=(), schema="""(
     Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> Tensor""")
 def _constants(weight, bias, mean, var, eps):
-    """Vectors (5, C) of statistics that are given."""
+    """Vectors (5, C) of given statistics."""
     vectors = _new_vectors(weight)
     _combine(_vectors_kernel, None, len(weight), weight, bias, mean, var, vectors, 1, 0.0, eps)
     return vectors
@@ -446,9 +457,9 @@ def _bn_act(
     x, residual, weight, bias, vectors, T, activation, decay, v_th, lens, training, group, ranks,
     save,
 ):
-    """Spikes (T, B, H, W, C), or what else the activation makes, and bits (ceil(T/4), B, H, W, C),
-    none unless `save`. activation: "lif", "relu" or "". weight, bias, training (False: constant
-    statistics), the group's name and size are for the derivative."""
+    """Spikes (T, B, H, W, C), or another activation's output, and bits (ceil(T/4), B, H, W, C),
+    none unless `save`. activation: "lif", "relu" or "" for none. weight, bias, training, group and
+    ranks are for the derivative alone."""
     refuse_forward_mode(_name(activation))
     spikes, bits = _new_outputs(x, T, activation, save)
     kept = bits if len(bits) else None
@@ -460,13 +471,13 @@ def _bn_act(
     Tensor g, Tensor bits, Tensor x, Tensor vectors, float decay, float lens, bool training,
     str group, SymInt ranks, bool need_dresidual) -> (Tensor, Tensor, Tensor)""")
 def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
-    """dx; dresidual, empty unless needed; (4, C), whose last two are dbias and dweight / ranks."""
+    """dx; dresidual, empty unless needed; Means (4, C), with the gradients of bias and weight."""
     dx, dresidual, means = _new_gradients(g, x, vectors, need_dresidual)
     parts = _new_parts(x, len(g), 2)
     n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
-    inv = 1 / (2 * lens)
+    height = 1 / (2 * lens)
     data = x, len(g), g.contiguous(), bits if len(bits) else None, vectors
-    _launch(_reduce_kernel, *data, parts, decay, inv, reducing=True)
+    _launch(_reduce_kernel, *data, parts, decay, height, reducing=True)
     if group:
         parts = _AllReduce.apply(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
     _combine(_means_kernel, parts, x.shape[-1], vectors, means, n, ranks)
@@ -475,7 +486,7 @@ def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
         means if training else None,  # constant statistics have no gradient
         dx,
         dresidual if need_dresidual else None,
-        decay, inv)
+        decay, height)
     return dx, dresidual, means
 
 
@@ -515,10 +526,10 @@ _bn_act_backward.register_fake(lambda g, bits, x, v, *rest: _new_gradients(g, x,
 
 def _setup(ctx, inputs, output):
     x, residual, weight, bias, vectors, *ctx.options, ctx.saved = inputs
-    # the bits; or, in what was traced without a gradient, that from which they come anew
+    # the bits; or, in a graph traced without gradients, what they are computed from again
     saved = output[1:] if ctx.saved else (residual, weight, bias)
     ctx.save_for_backward(x, vectors, *saved)
-    ctx.set_materialize_grads(False)  # no zeros for the bits' gradient
+    ctx.set_materialize_grads(False)  # no tensor of zeros as the bits' gradient
 
 
 def _backward(ctx, g, _):
@@ -536,9 +547,10 @@ def _backward(ctx, g, _):
         g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual)
     if not need_dresidual:
         dresidual = None
-    # on every rank the same share of the whole: their sum is right, and so is DDP's mean
+    # every rank has 1/ranks of the whole gradient: summed over the ranks it is that of the sum of
+    # their losses; averaged, as DDP does, of the mean loss
     dbias, dweight = means[2:]
-    return dx, dresidual, dweight, dbias, *[None] * 10  # of the options there is none
+    return dx, dresidual, dweight, dbias, *[None] * 10  # none for the vectors and the options
 
 
 _bn_act.register_autograd(_backward, setup_context=_setup)
@@ -547,7 +559,7 @@ _bn_act.register_autograd(_backward, setup_context=_setup)
 # ---------------------------------------------------------------------------- what users call
 
 def _check_vectors(C, n, weight, bias, running_mean, running_var, training):
-    """Raise where the vectors are not those of a batch norm of C channels with n values each."""
+    """Raise where the vectors do not fit a batch norm of C channels with n values each."""
     for vector in (weight, bias, running_mean, running_var):
         if vector is not None and vector.shape != (C,):
             raise ValueError(f"weight, bias, running statistics must be ({C},): {vector.shape}")
@@ -568,19 +580,20 @@ def bn_lif(
 
     x             (T, B, C, H, W), dtypes as in `lif`; or, with T given, (B, C, H, W), the same at
                   each of T steps
-    weight, bias, running_mean, running_var  (C,), as in F.batch_norm; float32 whatever x is, or
-                  rounded each time
-    residual      (T, B, C, H, W), added to the normed x, in x's dtype on Triton
-    training      statistics of x as given, over T, B, H, W (with T given n is B*H*W alone), update
-                  the running ones with weight `momentum` in place; False: those are used
-    group         a process group whose ranks share their statistics; each holds an x of one shape.
-                  gradients of weight and bias sum over the ranks to those of the whole batch
+    weight, bias, running_mean, running_var   (C,), as in F.batch_norm; float32 is best, whatever
+                  the dtype of x: running statistics of 16 bits are rounded at each update
+    residual      (T, B, C, H, W), added behind the batch norm; Triton casts it to x's dtype
+    training      True: statistics of x over T, B, H, W (with T given over B, H, W); the running
+                  ones are updated in place with weight `momentum`. False: the running ones are used
+    group         a process group, over which the statistics are shared: every rank holds an x of
+                  the same shape. The gradients of weight and bias, summed over the ranks, are those
+                  of the whole batch
     decay, v_th, lens, detach_reset, impl   as in `lif`
 
-    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype; in channels-last memory on Triton, which
-    copies any other x or residual. For the backward are kept x and two bits per neuron-step. On
-    PyTorch, with detach_reset=False and under torch.func it is F.batch_norm, the add and `lif`.
-    Raises as `lif`, and ValueError where shapes don't fit.
+    Returns spikes (T, B, C, H, W), 0 or 1, in x's dtype. Triton works in channels-last memory, and
+    copies what is not. x and two bits per neuron-step are kept for the backward. On PyTorch, with
+    detach_reset=False and under torch.func it is F.batch_norm, the add and `lif`. Raises as `lif`,
+    and ValueError for shapes that do not fit.
     """
     steps = len(x) if T is None else T
     if x.dim() == 4 and steps > 0 and T is not None:
@@ -599,11 +612,11 @@ def bn_lif(
     if impl == "triton" and detach_reset and n > 0 and not transformed():
         return _fused(x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
                       group, steps, "lif", decay, v_th, lens)
-    # in three steps, with an fp32 current, of a network that was made 16 bits wide too
+    # in three calls, the current in fp32 (fp64), of vectors of 16 bits, too
     acc = state_dtype(x)
     mean, var = running_mean, running_var
     if mean is not None:
-        mean, var = mean.to(acc), var.to(acc)  # themselves, as a rule
+        mean, var = mean.to(acc), var.to(acc)  # of fp32 the tensors themselves
     folded = x.flatten(0, 1).to(acc)  # (T, B, C, H, W) -> (T*B, C, H, W)
     current = batch_norm(
         folded, mean, var, weight.to(acc), bias.to(acc), training, momentum, eps, group)
@@ -622,15 +635,15 @@ def bn_act(
     relu: bool = True, training: bool = True, momentum: float = 0.1, eps: float = 1e-5, group=None,
     impl: str | None = None,
 ) -> Tensor:
-    """relu(batch norm + residual), as behind a teacher's convolution; relu=False: without a ReLU.
+    """relu(batch norm(x) + residual), as behind a teacher's convolution; relu=False: no ReLU.
 
     x, residual   (B, C, H, W), dtypes as in `lif`
     all else      as in `bn_lif`, with statistics over B, H, W
 
-    Returns (B, C, H, W) in x's dtype. On Triton x is kept for the backward, and a byte a neuron for
-    a ReLU, and there is no second derivative. On PyTorch, under torch.func and without weight and
-    bias (None) it is F.batch_norm, the add and F.relu.
-    Raises TypeError for another dtype, ValueError where shapes don't fit.
+    Returns (B, C, H, W) in x's dtype. Triton keeps x for the backward and, for a ReLU, a byte a
+    neuron; it has no second derivative. On PyTorch, under torch.func and without weight and bias
+    (None) it is F.batch_norm, the add and F.relu. Raises TypeError for other dtypes, ValueError for
+    shapes that do not fit.
     """
     check_dtype(x)
     if x.dim() != 4:
@@ -646,7 +659,7 @@ def bn_act(
             residual = residual.unsqueeze(0)
         y = _fused(
             x.unsqueeze(0), residual, weight, bias, running_mean, running_var, training, momentum,
-            eps, group, 1, "relu" if relu else "", decay=0.0, v_th=0.0, lens=0.5)  # slope 1
+            eps, group, 1, "relu" if relu else "", decay=0.0, v_th=0.0, lens=0.5)  # height 1
         return y.squeeze(0)
     y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
     if residual is not None:

@@ -28,7 +28,7 @@ BN_LIF_SIGNATURE = {"Bits": "*u8", "N": "i64", "P": "i32", "C": "i32", "n": "i32
 
 def signature(kernel, dtype, table):
     """Pointers begin with a capital letter: planes in `dtype`, vectors in fp32; the rest: fp32."""
-    planes = "X", "F", "Spikes", "Residual", "G", "DX", "DResidual"
+    planes = "X", "F", "Y", "Residual", "G", "DX", "DResidual"
 
     def kind(name):
         if name in table:
@@ -101,7 +101,7 @@ def bn_lif_cases():
         reducing = kernel in (K._statistics_kernel, K._reduce_kernel)
         rows, columns = K.tile_shape(64, T, ITEM[dtype], reducing)
         tiles = {"T": T, "TX": T, "BR": rows, "BC": columns, "ACTIVATION": "lif"}
-        channels = {"BP": K.PARTS, "CHANNELS": K.CHANNELS}
+        channels = {"BP": K.PART_ROWS, "CHANNELS": K.CHANNELS}
         constants = tiles | channels | given | dict.fromkeys(none.split())
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         name = f"bn_lif {which} {dtype} sm{cc} T{T} {form}"
@@ -213,7 +213,7 @@ def test_every_load_stands_before_the_first_store(compiled):
 
 
 def test_reductions_fill_a_multiprocessor_four_times(compiled):
-    """REDUCING counts on it: 65,536 registers, 4 programs of 128 threads."""
+    """REDUCE_PROGRAMS counts on it: 65,536 registers, 4 programs of 128 threads."""
     for which in ("statistics", "reduce"):
         for name, c in of(compiled, "bn_lif", which, "T4"):
             assert c["registers"] <= 128, (name, c)

@@ -139,7 +139,7 @@ def test_kernels_equal_specification(shape, layout, residual_layout, neuron, dty
 def test_sums_over_many_tiles(layout, monkeypatch):
     """Programs of a reduction take several tiles each, the kernels that combine their parts two
     tiles of parts; the last one cut."""
-    for name, size in dict(TILE=256, REDUCING=6, PARTS=4).items():
+    for name, size in dict(TILE=256, REDUCE_PROGRAMS=6, PART_ROWS=4).items():
         monkeypatch.setattr(module, name, size)
     *tensors, g = inputs(4, 5, 3, 19, 23, layout, layout)
     running = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
