@@ -9,7 +9,7 @@
 
 Conventions of the energy estimate, per image, batch norms folded into the convolutions:
   - a layer's MACs are dense: C_in * K * K * C_out * H_out * W_out, padding included;
-  - a layer that reads spikes accumulates: an input of k spikes is k accumulates at each of its
+  - a layer that reads spikes accumulates: k spikes at an input are k accumulates for each of its
     connections (k is 0 or 1; more behind SEW blocks, which add spikes). A step in which a share p
     of the inputs spikes once costs p * MACs;
   - a layer that reads analogue values needs its MACs. Under direct coding the first layer reads the
@@ -30,7 +30,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
-# threads that spin endlessly make a busy machine ten times slower
+# OpenMP threads that spin endlessly make a busy machine ten times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -61,7 +61,7 @@ from train_teacher import (
 from transfer_init import BatchNormLIF, SEWBasicBlock, SEWBottleneck, SpikingResNet
 
 PJ_PER_AC, PJ_PER_MAC = 0.9, 4.6  # picojoules: see above
-# of a figure's lines, which everybody can tell apart (Okabe and Ito 2008)
+# of a figure's lines: colours that everybody can tell apart (Okabe and Ito 2008)
 COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#F0E442"
 NIR_DT = 1e-4  # seconds: the step that snnTorch assumes when it reads NIR
 
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.checkpoints = args.checkpoints or ["idsnn.pt"]
 
-    # what would fail after the pass over the test set fails here
+    # what would fail after the pass over the test set should fail now
     if world_size() > 1:
         fail("runs as one process: call it without torchrun")
     if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
@@ -142,7 +142,7 @@ class OperationCounter:
 
     def count_convolution(self, name, conv, inputs, output):
         macs = output[0].numel() * conv.weight[0].numel()
-        # of one input: the mean, since padding cuts some off at the edge
+        # of one input, on average: padding cuts some off at the edges
         x, = inputs
         self.add(name, x, macs, connections=macs / x[0].numel())
 
@@ -225,8 +225,8 @@ def scores_over_time(run, model, data, start, stop):
 
 @torch.no_grad()
 def evaluate_over_time(run, model, data, steps, batch_size):
-    """One pass over the test set -> what it shows after each number of time-steps in `steps`: the
-    neuron is causal, so the answer after t steps is the mean of the first t class scores."""
+    """One pass over the test set -> results after each number of time-steps in `steps`: the neuron
+    is causal, so the answer after t steps is the mean of the first t class scores."""
     N = len(data.test_y)
     # correct, loss: sums over images
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=data.test_y.device)
@@ -331,7 +331,7 @@ def plot(path, runs):
     loss.set(title="cross-entropy (thin: training)", xlabel="epoch")
     over_T.set(title="test accuracy, %", xlabel="time-steps")
     firing.set(title="firing rate, % of the neurons per step", xlabel="spiking layer")
-    # up to a little more than chance has: one wild epoch does not flatten the others
+    # up to a little above chance, so that one wild epoch does not flatten the rest
     classes = max(run["arch"]["num_classes"] for run in runs)
     loss.set_ylim(0, 1.2 * math.log(classes))
     for i, run in enumerate(runs):
@@ -374,7 +374,7 @@ def to_nir(model, shape):
     names = {module: name.replace(".", "_") for name, module in model.named_modules()}
     nodes, edges = {"input": nir.Input(np.array(shape))}, []
 
-    # x, in all that follows: names of the nodes whose outputs are summed
+    # x, from here on: the names of the nodes whose outputs are summed
     def add(name, node, x):
         nodes[name] = node
         edges.extend((source, name) for source in x)
@@ -491,7 +491,7 @@ def main(argv=None):
               "the answer is the mean of `output` over them")
         return
 
-    # one pass each, over the user's images, or a test set
+    # one pass for each, over the given images or the test set
     load_once = cache(load_data)  # runs may share a data set
     for run, model in zip(runs, models):
         if args.predict:
@@ -514,7 +514,7 @@ def main(argv=None):
             else:
                 run |= evaluate_over_time(run, model, images, steps, args.batch_size)
 
-    # files before the screen: nothing there can lose them
+    # files before the screen, where nothing can go wrong with them
     rows = compare(runs)
     if args.json:
         content = dict(torch=str(torch.__version__), pj_per_ac=PJ_PER_AC, pj_per_mac=PJ_PER_MAC,

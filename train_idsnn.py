@@ -17,7 +17,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-# threads that spin endlessly make a busy machine ten times slower
+# OpenMP threads that spin endlessly make a busy machine ten times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -53,14 +53,14 @@ from train_teacher import (
 from transfer_init import IMPL, BatchNormLIF, Neuron, SpikingResNet, add_neuron_flags, check_classes
 
 # ------------------------------------------------------------------------------------------ recipe
-# the teacher's, and the loss of eq. 6 to 8. the paper gives neither number: the authors' code has
-# these (0.5 in its script for distillation alone)
+# the teacher's, and the loss of eq. 6 to 8. the paper states neither number; these are those of the
+# authors' code (alpha is 0.5 in its script for distillation alone)
 LOSS = dict(
     alpha=0.3,        # weight of the distillation
     temperature=4.0,  # softens the class scores of teacher and student
 )
 PAPER = train_teacher.PAPER | LOSS
-# a low rate, because a high one erases what was transferred: 74.64% on CIFAR-100, 87 s in epochs
+# a low rate, because a high one erases the transferred weights: 74.64% on CIFAR-100, 87 s in epochs
 # on one H200 (results/h200/idsnn-30.jsonl); 60 epochs at 0.2 have 74.92% in 167 s
 FAST = train_teacher.FAST | LOSS | dict(epochs=30, lr=0.04, warmup=0.03)
 DIGITS = train_teacher.DIGITS | dict(epochs=24)
@@ -94,14 +94,19 @@ def parse_args(argv=None):
     if os.path.exists(path):
         init = load_checkpoint(path, "init", "idsnn")
         p.set_defaults(**{k: init["arch"][k] for k in NEURON}, dataset=init["config"]["dataset"])
-    else:  # only --help can be answered; no str, which argparse would parse as the flag's value
+    else:  # enough for --help; a Path, because argparse would parse a str
         p.set_defaults(**dict.fromkeys([*NEURON, "dataset"], Path("as in --init")))
     args = p.parse_with_recipe(argv, RECIPES, DIGITS)
     if init is None:
         fail(f"argument --init: {path} does not exist: transfer_init.py makes it")
-    if os.path.realpath(args.out) in map(os.path.realpath, (args.init, args.teacher or "")):
-        fail(f"argument --out: {args.out} is read as --init or --teacher")
+    refuse_out(args, args.init, args.teacher or "")
     return args, init
+
+
+def refuse_out(args, *read):
+    """End where --out would be written over a file that this run reads."""
+    if os.path.realpath(args.out) in map(os.path.realpath, read):
+        fail(f"argument --out: {args.out} is read as --init or --teacher")
 
 
 # -------------------------------------------------------------------------------------------- loss
@@ -109,7 +114,7 @@ def objective(scores, labels, teacher_scores, alpha, temperature, per_step=False
     """Cross-entropy, distillation and their weighted sum, eq. 6 to 8.
 
     scores: (T, B, K) of the student. labels: (B,). teacher_scores: (B, K), or None for none. The
-    paper asks both of the mean over T, per_step of every step (TET, Deng et al. 2022).
+    paper takes both of the mean over T; per_step: of every step (TET, Deng et al. 2022).
     """
     answers = scores if per_step else scores.mean(0, keepdim=True)  # (T or 1, B, K)
     steps = len(answers)
@@ -125,7 +130,7 @@ def distillation(scores, teacher_scores, temperature):
     """temperature^2 * KL(teacher || student) of the softened class scores (B, K), eq. 6 to 8."""
     student = F.log_softmax(scores / temperature, 1)
     teacher = F.log_softmax(teacher_scores / temperature, 1)
-    # eq. 7 prints the student first; the authors' code has the teacher first, as Hinton et al.
+    # eq. 7 prints the student first; the authors' code and Hinton et al. have the teacher first
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return temperature ** 2 * kl
 
@@ -137,7 +142,7 @@ class FiringRates:
     def __init__(self, model):
         layers = {k: m for k, m in model.named_modules() if isinstance(m, BatchNormLIF)}
         self.names, self.neuron_steps = list(layers), [0] * len(layers)  # of an image
-        # on the device: no batch waits for the host
+        # counted on the device, so that no batch waits for the host
         device = model.fc.weight.device
         self.spikes = torch.zeros(len(layers), dtype=torch.float64, device=device)
         for i, layer in enumerate(layers.values()):
@@ -146,12 +151,12 @@ class FiringRates:
     def count(self, i, module, inputs, spikes):
         self.neuron_steps[i] = module.neuron.T * spikes[0].numel()
         if not module.training:
-            # an image's count is exact in fp32; a sum of all in fp64 took twice as long on a CPU
+            # exact in fp32 for an image; all in fp64 took twice as long on a CPU
             counts = spikes.sum((1, 2, 3), dtype=torch.float32)  # (T*B, C, H, W) -> (T*B,)
             self.spikes[i].add_(counts.sum(dtype=torch.float64))
 
     def read(self, images):
-        """{layer: rate} over so many images that all processes saw together; starts anew."""
+        """{layer: rate}, of as many images as all processes saw together; then count from 0."""
         if grouped():
             dist.all_reduce(self.spikes)
         spikes = (self.spikes / images).tolist()  # of an image
@@ -160,7 +165,7 @@ class FiringRates:
 
 
 def firing_warnings(rates):
-    """A line on layers that never fire (no gradient passes), one on layers that always do."""
+    """A line on layers that never fire (no gradient passes), and one on layers that always do."""
     silent = [name for name, rate in rates.items() if rate == 0]
     if silent:
         yield (f"{silent[0]} never fires ({len(silent)} of {len(rates)} layers): "
@@ -182,15 +187,16 @@ def check_fits(data, checkpoint, who, path, remedy):
 
 
 def load_teacher(args, init, data):
-    """(network in fp32 on the CPU, what is recorded of its file); ends where it does not fit."""
+    """(network in fp32 on the CPU, what to record of its file); ends where it does not fit."""
     parent = init["parents"].get("teacher")
     if not (args.teacher or parent):
         fail(f"{args.init} names no teacher: say --teacher, or --no-kd")
     path = args.teacher
-    if not path:  # as recorded, or beside the file that records it, where both were moved
+    if not path:  # as recorded, or beside the file that records it, if both were moved
         path, beside = parent["path"], Path(args.init).with_name(Path(parent["path"]).name)
         if not os.path.exists(path) and beside.exists():
             path = str(beside)
+    refuse_out(args, path)  # with --fresh nobody has looked at the file
     checkpoint = load_checkpoint(path, "teacher")
     if not args.teacher and checkpoint["sha256"] != parent["sha256"]:
         fail(f"{path} has changed since {args.init} was made from it: say --teacher {path}")
@@ -203,7 +209,7 @@ def load_teacher(args, init, data):
 
 
 def frozen(teacher, autocast):
-    """The teacher as each step asks it: without gradients, its weights cast once, not each time."""
+    """The teacher in eval mode, without gradients, its weights cast once and not in each step."""
     teacher.eval().requires_grad_(False)
     if isinstance(autocast, torch.autocast):
         for m in teacher.modules():
@@ -232,7 +238,7 @@ def main(argv=None):
     refuse_narrow(data, arch["stem"], args)
     batches = Batches(data, args)
 
-    # model: from the teacher's weights, or drawn on the CPU: a seed means the same everywhere
+    # model: initialised on the CPU (a seed gives the same weights for every device), then filled
     torch.manual_seed(args.seed)
     model = SpikingResNet(**arch)
     if not args.no_init:
@@ -240,7 +246,7 @@ def main(argv=None):
     model.to(device, dtype, memory_format=layout)
     firing = FiringRates(model)
 
-    # optimizer: its rate is a tensor, which a recorded step reads anew at each replay
+    # optimizer: its rate is a tensor, so that a recorded step reads the current one
     lr = torch.tensor(args.lr, device=device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr, args.momentum, nesterov=args.nesterov,
@@ -253,11 +259,11 @@ def main(argv=None):
     if run.finished:
         return
 
-    # one training step, over buffers that are made once
+    # one training step, over buffers that are allocated once
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, accuracy, ce, kd
     noise_seed = torch.zeros((), dtype=torch.long, device=device)  # of Poisson spikes
-    teaching = Branch()  # beside the student, where the step is recorded
+    teaching = Branch()  # on a GPU the teacher runs beside the student
 
     def step():
         optimizer.zero_grad()
@@ -265,15 +271,15 @@ def main(argv=None):
         with autocast:
             # plan[0]: which images of the data set; (B, C, H, W) or (T, B, C, H, W)
             inputs = model.encode(images, data, plan[0], noise_seed)
-            taught = None
-            if teacher is not None:  # sees the normalised image: direct coding's input already
+            teacher_scores = None
+            if teacher is not None:  # sees normalised images, which are direct coding's input
                 normalised = inputs if inputs.dim() == 4 else data.normalize(images)
                 with torch.no_grad(), teaching.fork(normalised):
-                    taught = teacher(normalised).to(dtype)      # (B, K)
+                    teacher_scores = teacher(normalised).to(dtype)  # (B, K)
             scores = model(inputs).to(dtype)                    # (T, B, K)
             teaching.join()
             ce, kd, loss = objective(
-                scores, labels, taught, args.alpha, args.temperature, args.per_step)
+                scores, labels, teacher_scores, args.alpha, args.temperature, args.per_step)
         scaler.scale(loss).backward()  # through time: the neurons unroll over T
         average_gradients(model)
         scaler.step(optimizer)
@@ -314,7 +320,7 @@ def main(argv=None):
                 plan.copy_(planned)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums, began)
-            average(sums)  # of the processes, each with its share of every batch
+            average(sums)  # over the processes, each with its share of every batch
             loss, accuracy, ce, kd = (sums / batches.steps).tolist()
             trained = time.time() - began
 

@@ -4,8 +4,8 @@
     python train_teacher.py --dataset digits          # half a minute on a laptop
     torchrun --nproc-per-node 4 train_teacher.py      # four GPUs, the same global batch and result
 
-From top to bottom: the recipe, the data, the network, main(); below it what all stages share
-(flags and errors, device and step, checkpoints, runs and restarts), imported from here.
+From top to bottom: the recipe, the data, the network, main(); then what all stages import from
+here: flags and errors, device and training step, checkpoints, runs and restarts.
 """
 import argparse
 import ctypes
@@ -21,11 +21,11 @@ import time
 import warnings
 import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# threads that spin endlessly make a busy machine ten times slower
+# OpenMP threads that spin endlessly make a busy machine ten times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -38,7 +38,7 @@ from torch import nn
 from kernels import BatchNorm2d, Conv2d
 
 # ------------------------------------------------------------------------------------------ recipe
-# paper, sections 4.1 and (milestones) 4.4; where it is silent (crop, flip) the authors' code
+# from the paper, sections 4.1 and 4.4 (milestones); crop and flip from the authors' code
 PAPER = dict(
     epochs=200,         # passes over the training set
     batch_size=64,      # images a step, over all processes
@@ -46,17 +46,17 @@ PAPER = dict(
     momentum=0.9,
     nesterov=False,
     weight_decay=1e-4,  # L2 penalty on every parameter
-    schedule="step",    # x0.1 at 30, 60 and 80% of the epochs; or "linear", "cosine": to 0
+    schedule="step",    # x0.1 after 30, 60, 80% of the epochs; or "linear", "cosine": down to 0
     warmup=0.0,         # share of the run in which the rate rises from 0
     crop_padding=4,     # pixels of zeros around an image before the random crop
     flip=True,          # mirror half of the training images
 )
-# five times fewer epochs of larger batches at the same rate an image: 76.03% on CIFAR-100, 57 s in
-# epochs on one H200 (results/h200/table3/teacher.jsonl)
+# a fifth of the epochs; batches four times as large, and the rate with them: 76.03% on CIFAR-100,
+# 57 s in epochs on one H200 (results/h200/table3/teacher.jsonl)
 FAST = PAPER | dict(
     epochs=40, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear",
     warmup=0.25)
-# over either of them: 1,437 images of 8x8 pixels, in half a minute; a mirrored 2 is no 2
+# over either of them for the digits, 1,437 images of 8x8 pixels; a mirrored 2 is not a 2
 DIGITS = dict(
     epochs=20, batch_size=64, lr=0.05, schedule="linear", warmup=0.25, crop_padding=1, flip=False)
 RECIPES = dict(paper=PAPER, fast=FAST)
@@ -78,28 +78,28 @@ def add_training_flags(p, out):
     """The flags that both training stages have; a recipe says the defaults of the first ones."""
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=["paper", "fast"], default="paper",
-        help="the set of defaults; fast: for tens of thousands of images, as in CIFAR")
+        help="defaults of the flags below; fast: for tens of thousands of images, as in CIFAR")
     add("--epochs", type=number(int, 1), help="passes over the training set")
     add("--batch-size", type=number(int, 2),
-        help="images per step over all processes; with another one, scale --lr likewise")
+        help="images per step, over all processes; scale --lr with it")
     # the optimizer and its rate
     add("--lr", type=number(float, 1e-9), help="peak learning rate of SGD")
     add("--momentum", type=number(float, 0, 1), help="momentum of SGD")
     add("--nesterov", action=yes_no, help="Nesterov's momentum")
     add("--weight-decay", type=number(float, 0), help="L2 penalty on every parameter")
-    add("--schedule", choices=["step", "cosine", "linear"], help="x0.1 at milestones, or to 0")
+    add("--schedule", choices=["step", "cosine", "linear"], help="x0.1 at milestones, or down to 0")
     add("--milestones", type=milestones, metavar="E,E,...", help="epochs of --schedule step")
     add("--warmup", type=number(float, 0, 0.99), help="share of the run before the peak rate")
     # augmentation
-    add("--crop-padding", type=number(int, 0), help="pixels around an image before its crop")
+    add("--crop-padding", type=number(int, 0), help="zeros around an image before its crop")
     add("--flip", action=yes_no, help="mirror half of the training images")
     # where and how it runs
     add("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
         help="auto: bf16 where the device multiplies it, else fp16 on GPUs, fp32 on CPUs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
-    add("--graph", action=yes_no, default=True, help="on GPUs, replay a recorded training step")
-    add("--deterministic", action="store_true", help="bit-equal runs on a GPU too, but slower")
-    add("--seed", type=number(int, 0), default=0, help="of initialisation, order, augmentation")
+    add("--graph", action=yes_no, default=True, help="on GPUs, the training step as a CUDA graph")
+    add("--deterministic", action="store_true", help="bit-equal runs on a GPU, too; slower")
+    add("--seed", type=number(int, 0), default=0, help="of initial weights, order, augmentation")
     # files
     add("--data-dir", type=os.path.expanduser, default="data", help="where downloads are kept")
     add("--out", type=output, default=out, help="checkpoint; beside it <out>.jsonl, <out>.last")
@@ -107,7 +107,7 @@ def add_training_flags(p, out):
 
 
 def learning_rate(args, epoch):
-    """The rate at `epoch`, a float that counts fractions: warm-up, then the schedule's fall."""
+    """The rate at `epoch`, which counts fractions: linear warm-up, then the schedule."""
     done = epoch / args.epochs
     if done < args.warmup:
         return args.lr * done / args.warmup
@@ -131,11 +131,11 @@ class Images:
     test_y: torch.Tensor
 
     def __post_init__(self):
-        # torchvision's CIFAR is a transposed view, and a view cannot be hashed
+        # a view cannot be hashed
         self.train_x, self.test_x = self.train_x.contiguous(), self.test_x.contiguous()
         H, W, C = self.train_x.shape[1:]
         self.shape = (C, H, W)
-        # mean and deviation of the training set, from a histogram: exact, and no float copy
+        # mean and standard deviation a channel, from a histogram: exact, without a float copy
         level = torch.arange(256, dtype=torch.float64) / 255
         self.mean, self.std = [], []
         for c in range(C):
@@ -143,17 +143,17 @@ class Images:
             mean = count @ level / count.sum()
             variance = count @ (level - mean).square() / count.sum()
             self.mean.append(mean.item())
-            self.std.append(max(variance.sqrt().item(), 1 / 255))  # a constant channel has none
-        digest = hashlib.sha256()  # of pixels and labels alone, wherever they lie
+            self.std.append(max(variance.sqrt().item(), 1 / 255))  # constant: not 0
+        digest = hashlib.sha256()  # of pixels and labels alone: a moved folder is the same data
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(tensor.numpy())
         self.sha256 = digest.hexdigest()
 
     def to(self, device, dtype, layout=torch.contiguous_format):
-        """Move to `device`; `normalize` will give `dtype` in the memory format `layout`."""
+        """Move to `device`; `normalize` then returns `dtype` in the memory format `layout`."""
         for name in ("train_x", "train_y", "test_x", "test_y"):
             setattr(self, name, getattr(self, name).to(device))
-        # made once, because a recorded CUDA graph remembers addresses
+        # allocated once, because a CUDA graph keeps addresses
         levels = 255 * torch.tensor([self.mean, self.std], dtype=dtype, device=device)  # (2, C)
         self.mean_level, self.std_level = levels.view(2, -1, 1, 1)
         self.layout = layout
@@ -161,7 +161,7 @@ class Images:
 
     def normalize(self, x):
         """uint8 (B, C, H, W) -> zero mean and unit variance a channel over the training set."""
-        # in the network's own memory format: the images' would be kept by all that follows
+        # in the network's memory format: all layers would inherit that of the images
         return ((x - self.mean_level) / self.std_level).clone(memory_format=self.layout)
 
     def describe(self):
@@ -177,7 +177,7 @@ class Images:
 
 
 def load_data(dataset, data_dir):
-    """The data set that --dataset names, on the CPU; one that does not fit ends the run."""
+    """The data set that --dataset names, on the CPU; ends with one line where that fails."""
     named = dict(digits=load_digits, cifar10=load_cifar, cifar100=load_cifar)
     try:
         return named.get(dataset, load_folder)(dataset, Path(data_dir))
@@ -196,27 +196,31 @@ def load_digits(dataset, data_dir):
 
 
 def load_cifar(dataset, data_dir):
-    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it, once. From then on it is read from
-    <data_dir>/<dataset>.images: in 0.7 s, where torchvision checks and unpickles for 5."""
+    """CIFAR-10 or CIFAR-100. torchvision downloads it, once; its pixels and labels are kept in
+    <data_dir>/<dataset>.images, which loads in 0.7 s: torchvision checks and unpickles for 5."""
     kept = data_dir / f"{dataset}.images"
     if rank() > 0:  # the first process downloads, the others read after it
         dist.barrier()
     if kept.exists():
-        data = Images(**read(kept)[0])
+        content, _ = read(kept)
     else:
         from torchvision import datasets  # here: a second to import, not beside every CPU build
         source = getattr(datasets, dataset.upper())
         train, test = (source(data_dir, train=split, download=True) for split in (True, False))
-        data = Images(
-            dataset, train.classes, torch.from_numpy(train.data), torch.tensor(train.targets),
-            torch.from_numpy(test.data), torch.tensor(test.targets))
-        if os.access(data_dir, os.W_OK):  # others' folders may be for reading alone
-            content = {field.name: getattr(data, field.name) for field in fields(data)}
-            torch.save(content, f"{kept}.{os.getpid()}")  # another run may do the same now
-            os.replace(f"{kept}.{os.getpid()}", kept)
+        # torchvision's pixels are a transposed view
+        content = dict(
+            classes=train.classes,
+            train_x=torch.from_numpy(train.data).contiguous(),
+            train_y=torch.tensor(train.targets),
+            test_x=torch.from_numpy(test.data).contiguous(),
+            test_y=torch.tensor(test.targets))
+        if os.access(data_dir, os.W_OK):  # the folder may be read-only
+            part = f"{kept}.{os.getpid()}"  # another run may be writing it, too
+            torch.save(content, part)
+            os.replace(part, kept)
     if rank() == 0 and world_size() > 1:
         dist.barrier()
-    return data
+    return Images(dataset, **content)
 
 
 def load_folder(dataset, data_dir):
@@ -227,11 +231,11 @@ def load_folder(dataset, data_dir):
         raise ValueError("is no folder of train/<class>/* and test/<class>/* (or val/<class>/*)")
     classes, train = list_images(root / "train")
     others, test = list_images(root / held_out)
-    if odd := set(classes) ^ set(others):  # a label is a place in the list of classes
+    if odd := set(classes) ^ set(others):  # a label is an index into the list of classes
         raise ValueError(f"train/ and {held_out}/ differ in the class {min(odd)!r}")
     files, labels = zip(*train, *test)
 
-    # pixels: of one size, in one mode. in threads they would take twice as long: most of it is
+    # pixels: of one size, in one mode. threads take twice as long: most of a small image is
     # Python's own work, for which they queue
     images = [read_image(path) for path in files]
     H, W, C = images[0].shape
@@ -239,7 +243,7 @@ def load_folder(dataset, data_dir):
         h, w, c = image.shape
         if (h, w) != (H, W):
             raise ValueError(f"{path} is {w}x{h} pixels, {files[0]} {W}x{H}: make them one size")
-        C = max(C, c)  # grey among colour: the same in all three channels
+        C = max(C, c)  # grey among colour: three equal channels
     x = np.stack([np.broadcast_to(image, (H, W, C)) for image in images])
     del images  # else a second copy of all pixels
     x, y = torch.from_numpy(x), torch.tensor(labels)
@@ -248,7 +252,7 @@ def load_folder(dataset, data_dir):
 
 
 def list_images(folder):
-    """-> class names, [(image file, label), ...] in `folder`; what is hidden is passed over."""
+    """Class names and [(image file, label), ...] in `folder`, without hidden files and folders."""
     from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
     classes = [name for name in find_classes(folder)[0] if name[0] != "."]
     labels = {name: i for i, name in enumerate(classes)}
@@ -259,27 +263,27 @@ def list_images(folder):
 
 
 def read_image(path):
-    """What a viewer shows of an image file: uint8 (H, W, 3), or (H, W, 1) for one saved as grey.
-    ValueError names a file that is damaged, or that 8 bits of either do not hold exactly."""
+    """The pixels of an image file as a viewer shows them: uint8 (H, W, 3), or (H, W, 1) if it is
+    grey. Raises ValueError if it is damaged, or if 8 bits of either do not hold it exactly."""
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as im:
-            # to pillow 16 bits a channel are RGB too, and what its ppm codec scales to 8 bits
+            # pillow calls 16 bits a channel RGB, too, and scales deeper ppm files to 8 bits
             deep = any(";16" in str(a) or codec[:3] == "ppm" for codec, _, _, a in im.tile)
             many = getattr(im, "n_frames", 1) > 1
             if im.mode not in ("1", "L", "P", "RGB") or deep or many or im.has_transparency_data:
                 raise ValueError(f"{im.mode}, not one opaque image of 8 bits a channel: convert it")
             mode = "L" if im.mode in ("1", "L") else "RGB"
             pixels = np.asarray(ImageOps.exif_transpose(im).convert(mode))
-    except Exception as error:  # of a dozen kinds where a file is damaged
+    except Exception as error:  # a damaged file raises one of a dozen kinds
         raise ValueError(f"{path}: {error}") from None
     return pixels.reshape(*pixels.shape[:2], -1)  # (H, W) -> (H, W, 1)
 
 
 class Batches:
-    """Batches of an epoch: drawn at random, then cropped, flipped and stacked on the data's device.
-    All is drawn for the global batch on the CPU from (seed, epoch), then sliced by rank: the same
-    on every device, at every world size, after every restart. An incomplete batch is dropped."""
+    """Random batches, cropped and flipped on the data's device. All that is random is drawn on the
+    CPU from (seed, epoch), for the global batch, then sliced by rank: the same on every device,
+    with any number of processes, after a restart. The last batch, if incomplete, is dropped."""
 
     def __init__(self, data, args):
         C, H, W = data.shape
@@ -291,11 +295,12 @@ class Batches:
         # zeros on the raw pixels, as torchvision's RandomCrop
         self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))
         self.rows, self.cols = (torch.arange(n, device=self.padded.device) for n in (H, W))
-        if not data.train_x.is_cuda and H * W <= 64:  # a second thread would wait, not work
+        if not data.train_x.is_cuda and H * W <= 64:  # more threads would only wait
             torch.set_num_threads(1)
 
     def plan(self, epoch):
-        """(steps, 4, B / world) int64: index of the image, top and left of its crop, flipped."""
+        """The epoch's draws, int64 (steps, 4, B / world size): index of the image, top and left of
+        its crop, whether it is flipped."""
         g = torch.Generator().manual_seed(self.args.seed * 10_000 + epoch)
         n = self.steps * self.args.batch_size
         order = torch.randperm(len(self.data.train_y), generator=g)[:n]
@@ -316,7 +321,7 @@ class Batches:
 
 # ----------------------------------------------------------------------------------------- network
 class BatchNormReLU(BatchNorm2d):
-    """Batch norm, optional residual add, ReLU: the seam at which the student puts spikes."""
+    """Batch norm, optional residual add, ReLU. In its place the student has BatchNormLIF."""
 
     def forward(self, x, residual=None):
         return super().forward(x, residual, relu=True)
@@ -327,7 +332,7 @@ def conv(c_in, c_out, kernel, stride=1):
 
 
 def shortcut(c_in, c_out, stride, norm):
-    """Identity, or where the shape changes a 1x1 convolution and batch norm."""
+    """Identity, or, where the shape changes, a 1x1 convolution and batch norm."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(conv(c_in, c_out, 1, stride), norm(c_out))
@@ -376,7 +381,7 @@ class ResNet(nn.Module):
     """ResNet under torchvision's parameter names, for teacher and student (paper, section 3.2.1).
 
     width: channels of the first stage. stem: "3x3", or "7x7" with max-pool. norm, norm_act: batch
-    norm without and with (residual add and) activation. block: replaces the depth's own class."""
+    norm without and with (residual add and) activation. block: in place of the depth's own."""
 
     def __init__(self, depth=34, num_classes=100, in_channels=3, width=64, stem="3x3",
                  norm=BatchNorm2d, norm_act=BatchNormReLU, block=None):
@@ -409,12 +414,12 @@ class ResNet(nn.Module):
 
 # -------------------------------------------------------------------------------------------- main
 def evaluator(predict, data, args):
-    """-> a function that returns (accuracy in %, mean cross-entropy) over the test set, which the
-    processes share. predict: uint8 images (B, C, H, W) and their index in the test set (B,) ->
-    class scores (B, K)."""
+    """-> a function that returns (accuracy in %, mean cross-entropy) over the test set, of which
+    each process takes a share. predict: uint8 images (B, C, H, W) and their indices in the test set
+    (B,) -> class scores (B, K)."""
     N, device = len(data.test_y), data.test_y.device
-    B = 4 * args.batch_size // world_size()  # without gradients there is room for four
-    B = math.ceil(N / math.ceil(N / B))      # as equal as they can be: rarely one is shorter
+    B = 4 * args.batch_size // world_size()  # no activations are kept, so there is room
+    B = math.ceil(N / math.ceil(N / B))      # as equal as possible: one graph serves them all
     index = torch.empty(B, dtype=torch.long, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # correct, loss, over the images
 
@@ -434,7 +439,7 @@ def evaluator(predict, data, args):
             if len(batch) == B:
                 index.copy_(batch)
                 count_whole()
-            else:  # the last one, shorter than what was recorded
+            else:  # the last one may be shorter than what was recorded
                 count(batch)
         if grouped():
             dist.all_reduce(sums)
@@ -453,7 +458,7 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir).to(device, dtype, layout)
     batches = Batches(data, args)
 
-    # model: drawn on the CPU, so that a seed means the same weights everywhere
+    # model: initialised on the CPU, where a seed gives the same weights for every device
     torch.manual_seed(args.seed)
     stem = args.stem
     if stem == "auto":  # small images keep their size
@@ -467,22 +472,22 @@ def main(argv=None):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     model.to(device, dtype, memory_format=layout)
 
-    # optimizer: its rate is a tensor, which a recorded step reads anew at each replay
+    # optimizer: its rate is a tensor, so that a recorded step reads the current one
     lr = torch.tensor(args.lr, device=device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr, args.momentum, nesterov=args.nesterov,
         weight_decay=args.weight_decay, fused=device.type == "cuda")
 
     # resume: weights, momentum and history of an interrupted run of the same flags
-    depth = "" if DEPTHS[args.depth][0] is BasicBlock else f" --depth {args.depth}"
-    run = TrainingRun(args, data, model, optimizer, scaler, earlier,
-                      # bottlenecks fill bottlenecks alone
-                      next_command=f"python transfer_init.py --src {shlex.quote(args.out)}{depth}",
+    next_command = f"python transfer_init.py --src {shlex.quote(args.out)}"
+    if DEPTHS[args.depth][0] is Bottleneck:  # which fills bottlenecks alone
+        next_command += f" --depth {args.depth}"
+    run = TrainingRun(args, data, model, optimizer, scaler, earlier, next_command,
                       stage="teacher", arch=arch, parents={})
     if run.finished:
         return
 
-    # one training step, over buffers that are made once
+    # one training step, over buffers that are allocated once
     plan = torch.empty(4, args.batch_size // world_size(), dtype=torch.long, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy, over the steps
 
@@ -522,7 +527,7 @@ def main(argv=None):
                 plan.copy_(planned)
                 train_step()
                 run.progress(epoch, i + 1, batches.steps, sums, began)
-            average(sums)  # of the processes, each with its share of every batch
+            average(sums)  # over the processes, each with its share of every batch
             loss, accuracy = (sums / batches.steps).tolist()
             trained = time.time() - began
 
@@ -539,7 +544,7 @@ def main(argv=None):
 
 # ---------------------------------------------------------- shared by all stages: flags and errors
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the default of each flag that has one."""
+    """--help shows the default of each flag that has one."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -555,7 +560,7 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
     def first_pass(self, argv):
-        """What decides the defaults of other flags, read before --help shows those."""
+        """Parse what decides the defaults of other flags, before --help shows those."""
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
 
@@ -564,8 +569,8 @@ class Parser(argparse.ArgumentParser):
         first = self.first_pass(argv)
         recipe = recipes[first.recipe] | (digits if first.dataset == "digits" else {})
         epochs = first.epochs or recipe["epochs"]
-        marks = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
-        self.set_defaults(**recipe, milestones=marks)
+        default = ",".join(f"{epochs * share:g}" for share in (0.3, 0.6, 0.8))
+        self.set_defaults(**recipe, milestones=default)
         args = self.parse_args(argv)
         if first.milestones and args.schedule != "step":
             fail(f"argument --milestones: needs --schedule step, not {args.schedule}")
@@ -601,7 +606,7 @@ def output(text):
 
 
 def fail(message):
-    """End with one line on stderr: the user's mistake. Of many processes one a node says it."""
+    """End with the user's mistake, in one line on stderr, said once a node."""
     if rank("LOCAL_RANK") == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -616,7 +621,7 @@ def run_script(main):
               "command without --fresh", file=sys.stderr)
         raise SystemExit(130) from None  # as a shell counts what Ctrl-C ended
     finally:
-        # after an error NCCL would wait for messages that never come; the exit ends it too
+        # after an error NCCL would wait here for messages that never come; the exit ends it, too
         failed = sys.exc_info()[0] is not None
         if grouped() and not (failed and dist.get_backend() == "nccl"):
             dist.destroy_process_group()
@@ -628,7 +633,8 @@ def world_size():
 
 
 def rank(name="RANK"):
-    """Of this process; "LOCAL_RANK": on its machine. 0 of one alone, whatever a shell has left."""
+    """Rank of this process ("LOCAL_RANK": on its node); 0 without torchrun, whatever the
+    environment says."""
     return int(os.environ.get(name) or 0) if world_size() > 1 else 0
 
 
@@ -647,23 +653,23 @@ def setup(args):
         device = torch.device("cuda", rank("LOCAL_RANK"))
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
-        # glibc maps and clears each tensor above 32 MB anew, a fifth of a step: keep what was freed
+        # glibc maps and clears each tensor above 32 MB anew, a fifth of a step: keep what is freed
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)          # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
-    # processes: the first one speaks for all
+    # processes: only the first one prints
     if world_size() > 1:
         if absent := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
             fail(f"WORLD_SIZE is set in the environment, {min(absent)} is not: unset it, or start "
                  "this by torchrun")
-        # imported later, its functions' defaults would keep the group, whose threads may then abort
+        # before there is a group: its functions' defaults would keep it, whose threads then abort
         from torch.distributed.nn import functional  # noqa: F401
         dist.init_process_group("nccl" if cuda else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
-    # precision: bf16 where it is multiplied as it is; emulated it is slower
+    # precision: bf16 where the hardware multiplies it; emulated it is slower
     if args.precision == "auto" and cuda:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if native else "fp16"
@@ -684,7 +690,7 @@ def setup(args):
 
 
 def memory_format(device, width):
-    """Channels-last, the faster one, but for narrow networks on CPUs: there oneDNN (PyTorch 2.14)
+    """Channels-last, which is faster, but for narrow networks on CPUs: there oneDNN (PyTorch 2.14)
     writes out of bounds in the weight gradient of a strided 1x1 convolution."""
     wide = device.type == "cuda" or width >= 16  # input channels that fill a vector register
     return torch.channels_last if wide else torch.contiguous_format
@@ -707,12 +713,12 @@ def average(tensor):
 
 
 def average_gradients(model):
-    """Mean of the gradients over the processes: one message, of which they become views."""
+    """Average the gradients over the processes, in one message, of which they become views."""
     if not grouped():
         return
     parameters = list(model.parameters())
     sizes = [p.numel() for p in parameters]
-    # as_strided: in the order in memory, channels-last or not
+    # as_strided: flat in memory order, channels-last or not
     flat = torch.cat([p.grad.as_strided([n], [1]) for p, n in zip(parameters, sizes)])
     average(flat)
     for p, mean in zip(parameters, flat.split(sizes)):
@@ -720,9 +726,9 @@ def average_gradients(model):
 
 
 def recorded(step, args, device):
-    """`step` as one launch: run as it is three times, recorded as a CUDA graph, then replayed.
-    The first calls settle what a graph cannot: momentum, Triton's compilation, cuDNN's search,
-    NCCL's connections. On CPUs and with fp16's scaler, which is the host's, it is `step` itself."""
+    """`step` as one launch: called three times, then captured as a CUDA graph and replayed. The
+    first calls do what cannot be captured: momentum buffers, Triton's compilation, cuDNN's search,
+    NCCL's connections. On CPUs, and with fp16's scaler, which runs on the host, `step` itself."""
     if not args.graph or device.type != "cuda" or args.precision == "fp16":
         return step
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
@@ -731,10 +737,10 @@ def recorded(step, args, device):
         nonlocal calls, graph
         calls += 1
         if calls == 4:
-            try:  # recording runs nothing; meanwhile NCCL's watchdog may ask the device
+            try:  # this runs nothing yet; thread_local: NCCL's watchdog may query meanwhile
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     step()
-            except RuntimeError as error:  # of a machine: the step itself has run three times
+            except RuntimeError as error:  # not the step's own, which has run three times
                 print(f"not recorded, each step is launched anew: {str(error).splitlines()[0]}")
                 graph = None
         if calls > 3 and graph:
@@ -749,8 +755,8 @@ def recorded(step, args, device):
 
 # -------------------------------------------- shared by all stages: checkpoints, runs and restarts
 def save_checkpoint(path, model, **contract):
-    """The contract between stages, a plain dict, whole or not at all: the model's weights, with
-    `stage`, `arch`, `config`, `data`, `parents`, `history`, and for a restart what it needs."""
+    """Write a checkpoint, whole or not at all: a plain dict of the model's weights, with `stage`,
+    `arch`, `config`, `data`, `parents`, `history`, and what a restart needs."""
     weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     versions = dict(torch=str(torch.__version__), python=sys.version)
     torch.save(contract | dict(model=weights, versions=versions), f"{path}.tmp")
@@ -758,13 +764,13 @@ def save_checkpoint(path, model, **contract):
 
 
 def read(path):
-    """(what torch.save wrote to `path`, the file's sha256). Code in it never runs."""
+    """(content, sha256) of a file that torch.save wrote. No code in it can run."""
     try:
         content = Path(path).read_bytes()  # once: what is checked is what is loaded
-        if zipfile.is_zipfile(io.BytesIO(content)):  # torch.load takes flipped bits for data
+        if zipfile.is_zipfile(io.BytesIO(content)):  # torch.load does not notice flipped bits
             if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
                 raise ValueError(f"{damaged} in it is damaged")
-        with warnings.catch_warnings(action="ignore"):  # the line below says it
+        with warnings.catch_warnings(action="ignore"):  # fail() says it
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and the unpickler raise a dozen kinds on foreign files
         refused = re.search(r"GLOBAL \S+", str(error))  # an object, as torch.save(network) writes
@@ -783,8 +789,8 @@ def load_checkpoint(path, *stages):
 
 
 def earlier_run(stage, args):
-    """What a run of the same flags left at --out: where it was interrupted, or else its result;
-    None of a fresh start. Ends where the flags are others."""
+    """What a run of the same flags left at --out: where it was interrupted, or else its result.
+    None for a fresh start. Ends where the flags were others."""
     left = [file for file in (f"{args.out}.last", args.out) if os.path.exists(file)]
     if args.fresh or not left:
         return None
@@ -808,9 +814,9 @@ def earlier_run(stage, args):
 
 
 class TrainingRun:
-    """What a run leaves behind, by rank 0: <out>, the checkpoint; <out>.jsonl, a header and a line
-    an epoch; <out>.last, where an interrupted one goes on, at most a minute old, then deleted."""
-    # of an epoch's row on the screen, at most 80 columns: title and format
+    """Files and screen output of a run, by rank 0: <out>, the checkpoint; <out>.jsonl, a header and
+    a line an epoch; <out>.last, the resume state, at most a minute old, deleted at the end."""
+    # title and format of the table on the screen, at most 80 columns wide
     COLUMNS = dict(
         epoch=(" epoch", "6d"), loss=("   loss", "7.3f"), train_acc=(" train %", "8.2f"),
         test_loss=(" test loss", "10.3f"), test_acc=(" test %", "7.2f"),
@@ -828,14 +834,16 @@ class TrainingRun:
         self.finished = False
         if earlier:
             self.go_on_from(earlier)
-        elif rank() == 0:  # with --fresh
+        elif rank() == 0:
             Path(self.last).unlink(missing_ok=True)
+            if os.path.exists(args.out):  # with --fresh; a restart would take it for this run's
+                self.save_last()
         self.bar = Progress("{task.description}", BarColumn(5), TimeRemainingColumn(), "left",
                             transient=True, disable=not sys.stdout.isatty())
         self.task, self.bar_moved = self.bar.add_task("", total=args.epochs), 0.0
 
     def go_on_from(self, earlier):
-        """Take up an interrupted run, or nothing of a finished one; ends at other files' run."""
+        """Resume an interrupted run; note a finished one; end where its data or parents differ."""
         files = dict(dataset=self.contract["data"], **self.contract["parents"])
         for flag, file in files.items():
             old = earlier["data"] if flag == "dataset" else earlier["parents"].get(flag)
@@ -851,12 +859,12 @@ class TrainingRun:
         rate = self.optimizer.param_groups[0]["lr"]
         self.model.load_state_dict(earlier["model"])
         self.optimizer.load_state_dict(earlier["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = rate  # the tensor that main() sets, not a copy
+        self.optimizer.param_groups[0]["lr"] = rate  # the tensor that main() fills, not a copy
         self.scaler.load_state_dict(earlier["scaler"])
         self.history += earlier["history"]
 
     def header(self, **facts):
-        """Print the facts of the run; begin the log, with the epochs of an interrupted run."""
+        """Print the facts of the run; begin the log, with the epochs of what was interrupted."""
         # what runs, and where
         args, device = self.args, self.data.train_x.device
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -895,8 +903,8 @@ class TrainingRun:
 
     def end_epoch(self, row):
         """Print and log the epoch; save it if the last save is a minute old."""
-        # the losses alone would not tell: a spiking layer of NaNs is merely silent, and a step that
-        # fp16's scaler skips leaves its NaNs in the running statistics
+        # the losses do not tell everything: a spiking layer of NaNs only falls silent, and a step
+        # that fp16's scaler skips leaves its NaNs in the running statistics
         state = [v for v in self.model.state_dict().values() if v.is_floating_point()]
         norm = nn.utils.get_total_norm(state).item()
         if not math.isfinite(row["loss"] + row["test_loss"] + norm):
@@ -905,9 +913,13 @@ class TrainingRun:
         self.history.append(row)
         print(json.dumps(row), file=self.log)
         if rank() == 0 and time.time() - self.saved > 60 and row["epoch"] < self.args.epochs:
-            save_checkpoint(self.last, self.model, optimizer=self.optimizer.state_dict(),
-                            scaler=self.scaler.state_dict(), **self.contract)
-            self.saved = time.time()
+            self.save_last()
+
+    def save_last(self):
+        """Write the resume state."""
+        save_checkpoint(self.last, self.model, optimizer=self.optimizer.state_dict(),
+                        scaler=self.scaler.state_dict(), **self.contract)
+        self.saved = time.time()
 
     def finish(self):
         """Write <out>, delete <out>.last, say what comes next."""

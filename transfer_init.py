@@ -4,7 +4,7 @@
     python transfer_init.py --src r34.pt --block sew --T 6         # SEW blocks, six time-steps
     python transfer_init.py --src resnet34.pth --dataset cifar10   # torchvision's or timm's weights
 
-Below: the neuron, the flags, the spiking network, the transfer, weights from elsewhere, main().
+From top to bottom: neuron, flags, spiking network, transfer, weights from elsewhere, main().
 """
 import argparse
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-# threads that spin endlessly make a busy machine ten times slower
+# OpenMP threads that spin endlessly make a busy machine ten times slower
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -49,18 +49,18 @@ class Neuron:
     One object is shared by all layers of a network: `net.neuron.T = 8` reaches them all.
     """
     T: int = 4                  # time-steps
-    decay: float = 0.25         # share of the potential that a step keeps: exp(-1/tau), tau = 0.72
+    decay: float = 0.25         # share of the potential kept by a step: exp(-1/tau), tau = 0.72
     v_th: float = 0.5           # firing threshold; batch-norm weights start there too (tdBN)
     lens: float = 0.5           # half-width of the surrogate's window around it, 1/(2*lens) high
-    detach_reset: bool = True   # their reset has no gradient
+    detach_reset: bool = True   # no gradient through the reset
 
 
-IMPL = None  # of bn_lif: the fastest that runs; "reference" runs a neuron that was edited
+IMPL = None  # of bn_lif: the fastest there is; "reference" runs an edited lif_reference
 
 
 # ----------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    """(arguments, teacher), whose file decides some of the defaults, which --help shows."""
+    """(arguments, the teacher's checkpoint), which decides some of the defaults."""
     p = Parser("Stage 2: initialise a Spiking ResNet from a trained ResNet.")
     add = p.add_argument
     add("--src", type=os.path.expanduser,
@@ -89,8 +89,8 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0), default=0, help="of whatever stays fresh")
     add("--out", type=output, default="snn_init.pt", help="checkpoint to write, anew each time")
 
-    # width and data are by default the teacher's, if its file names any; it decides, so read it
-    # (no str, which argparse would parse as the flag's value)
+    # width and data are by default the teacher's, so its file is read first; until then they are a
+    # Path, because argparse would parse a str
     p.set_defaults(width=Path("the teacher's"), dataset=Path("the teacher's"), **asdict(Neuron()))
     src = p.first_pass(argv).src
     if src:
@@ -118,10 +118,9 @@ def add_neuron_flags(p):
 
 # ------------------------------------------------------------------------------ spiking network
 class BatchNormLIF(BatchNorm2d):
-    """Batch norm (eq. 5) over T, B, H, W, optional residual add, LIF: what BatchNormReLU is in the
-    teacher.
+    """Batch norm (eq. 5) over T, B, H, W, optional residual add, LIF, where the teacher has
+    BatchNormReLU. The place to change the neuron and (by a hook) to observe firing rates.
 
-    Here the neuron can be changed, and here firing rates are observed (a hook on the output).
     x and residual: (T*B, C, H, W), T outermost -> spikes of that shape, 0 or 1. static=True: x is
     (B, C, H, W), the same current at every step (the stem under direct coding), normalised once.
     """
@@ -132,7 +131,7 @@ class BatchNormLIF(BatchNorm2d):
 
     def forward(self, x, residual=None, static=False):
         n = self.neuron
-        # convolutions know no time: it is folded into their batch
+        # for the convolutions time is folded into the batch
         if not static:
             x = x.unflatten(0, (n.T, -1))                # (T*B, C, H, W) -> (T, B, C, H, W)
         if residual is not None:
@@ -147,11 +146,11 @@ class BatchNormLIF(BatchNorm2d):
 
 
 class SEWBasicBlock(BasicBlock):
-    """Figure 1c: LIF before the add, so identity shortcuts carry spikes; sums reach 2 and more."""
+    """Figure 1c: LIF before the add, so identity shortcuts carry spikes; sums can exceed 1."""
 
     def forward(self, x):
         spikes = self.bn1(self.conv1(x))
-        # added after the neuron: a shortcut of its own fires too
+        # a shortcut that changes the shape has neurons of its own
         return self.bn2(self.conv2(spikes)) + self.downsample(x)
 
 
@@ -177,13 +176,13 @@ class SpikingResNet(ResNet):
     def __init__(self, depth=18, num_classes=100, in_channels=3, width=64, stem="3x3",
                  block="basic", encoder="direct", **neuron):
         neuron = Neuron(**neuron)
-        # the neuron stands wherever the teacher has its ReLU
+        # neurons wherever the teacher has a ReLU
         lif = partial(BatchNormLIF, neuron=neuron)
-        kind = dict(norm_act=lif)
-        # and in Figure 1c in a downsampling shortcut, which else only normalises
+        modules = dict(norm_act=lif)
+        # in Figure 1c also in the downsampling shortcuts, which else only normalise
         if block == "sew":
-            kind.update(norm=lif, block=SEW[DEPTHS[depth][0]])
-        super().__init__(depth, num_classes, in_channels, width, stem, **kind)
+            modules.update(norm=lif, block=SEW[DEPTHS[depth][0]])
+        super().__init__(depth, num_classes, in_channels, width, stem, **modules)
         self.neuron = neuron
         self.encoder = encoder
         # the convolutions keep what nn.Conv2d gave them
@@ -194,7 +193,7 @@ class SpikingResNet(ResNet):
     def forward(self, x):
         """Analogue images (B, C, H, W), the same at every step, or spikes (T, B, C, H, W)
         -> class scores (T, B, K). `scores[:t].mean(0)` is the answer after t steps."""
-        # of the same current at every step the stem needs one convolution, not T
+        # the same image at every step goes through the stem's convolution once, not T times
         static = x.dim() == 4
         if static and self.encoder == "poisson":
             raise ValueError("images (B, C, H, W): give spikes (T, B, C, H, W), by encode()")
@@ -226,7 +225,7 @@ def noise(seed, index, T, shape):
 
     Each image has a stream of splitmix64 (Steele, Lea, Flood 2014); step and pixel are its counter.
     """
-    # hashed twice, so that neither images nor seeds next to each other share a stream
+    # hashed twice, so that neighbouring images or seeds have unrelated streams
     stream = mix(mix(index) + seed).view(-1, 1, 1, 1)            # (B, 1, 1, 1)
     counter = torch.arange(1, 1 + T * math.prod(shape), device=index.device)
     counter = counter.view(T, 1, *shape)                         # (T, 1, C, H, W)
@@ -237,7 +236,7 @@ def noise(seed, index, T, shape):
 
 def mix(z):
     """splitmix64's hash of int64, whose products are modulo 2^64."""
-    # the sign must not be shifted in: each mask keeps what an unsigned shift leaves
+    # >> shifts the sign in: each mask keeps what an unsigned shift would leave
     z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return z ^ ((z >> 31) & (2**33 - 1))
@@ -264,8 +263,8 @@ def source_block(j, m, n, block_map):
 def transfer(student, source, block_map="spread", shortcut="transfer", classifier="fresh"):
     """Fill `student` in place from `source`, a ResNet's state dict (paper, sections 3.2.2, 3.3.2).
 
-    Returns one row a layer of the student: (name, the source's layer or "", "copied", "looped from
-    -> to" or "fresh"). Raises where a layer is missing or has other kernels.
+    Returns a row for each layer of the student: (name, the source's layer or "", "copied", "looped
+    from -> to" or "fresh"). Raises where a layer is missing or has kernels of another size.
     """
     target = student.state_dict()
     fresh = [] if classifier == "transfer" else ["fc."]
@@ -287,13 +286,13 @@ def transfer(student, source, block_map="spread", shortcut="transfer", classifie
             m, n = num_blocks(target, stage), num_blocks(source, stage)
             origin = f"{stage}.{source_block(int(j), m, n, block_map)}.{rest}"
         value = source[origin]
-        if value.shape[2:] != tensor.shape[2:]:  # copy_ would spread a 1x1 kernel over a 3x3 one
+        if value.shape[2:] != tensor.shape[2:]:  # copy_ would broadcast a 1x1 kernel
             raise ValueError(f"{origin} is {size(value)}, {name} {size(tensor)}")
         # kernel by kernel, or number by number in the four vectors of a batch norm (Figure 3)
         tensor.copy_(loop(value, tensor.shape))
         same = value.shape == tensor.shape
         how = "copied" if same else f"looped {size(value)} -> {size(tensor)}"
-        # a layer's first tensor, its weight, speaks for the layer
+        # a layer's first tensor, its weight, stands for it in the table
         rows.setdefault(layer, (origin.rpartition(".")[0], how))
     return [(layer, *row) for layer, row in rows.items()]
 
@@ -312,13 +311,13 @@ def size(tensor):
 
 # ------------------------------------------------------------------------- weights from elsewhere
 def load_source(path):
-    """A checkpoint of train_teacher.py, or a ResNet's weights from elsewhere in the same form:
-    `model` and `arch` as read off them, `data` None, `config` empty."""
+    """A checkpoint of train_teacher.py, or weights of a ResNet from elsewhere in the same form:
+    `arch` read off their shapes, `data` None, `config` empty."""
     content, sha256 = read_safetensors(path) if path.endswith(".safetensors") else read(path)
     if isinstance(content, dict) and "stage" in content:
         return load_checkpoint(path, "teacher")
 
-    # as {"state_dict": {"module.conv1.weight": ...}}: one prefix is before all names of a network
+    # as published, {"state_dict": {"module.conv1.weight": ...}}: all names have one prefix
     tensors, mark = dict(flatten(content)), "layer1.0.conv1.weight"
     found = [name for name in tensors if name.endswith(mark)]
     if len(found) != 1:  # of MoCo's two encoders or timm's averages only the user knows which
@@ -333,7 +332,7 @@ def load_source(path):
     if depth not in DEPTHS or 0 in stem:
         fail(f"{path} is a network of {depth} layers, whose first kernels are {tuple(stem)}")
 
-    # a network without memory takes them, and tells what does not fit
+    # a network without memory of its own takes them, and tells what does not fit
     try:
         classes = len(weights.get("fc.weight", ()))  # 0: the head of another task, or none
         arch = dict(depth=depth, num_classes=classes, in_channels=stem[1], width=stem[0],
@@ -364,7 +363,7 @@ def read_safetensors(path):
 
 
 def flatten(content, path=""):
-    """Every tensor in a dict of dicts, after its name: "state_dict/module.fc.bias"."""
+    """(name, tensor) for every tensor in a dict of dicts: "state_dict/module.fc.bias"."""
     if isinstance(content, torch.Tensor):
         yield path, content
     elif isinstance(content, dict):
@@ -377,7 +376,7 @@ def listed(names):
 
 
 def check_classes(classes, described, who, path):
-    """End where `described`, the `data` of a checkpoint, has other classes or another order."""
+    """End where a checkpoint's `data` (`described`) has other classes or another order of them."""
     known = (described or {}).get("classes") or classes  # None: a bare state dict names none
     for i, (ours, theirs) in enumerate(zip(classes, known)):
         if ours != theirs:
@@ -390,9 +389,8 @@ CIFAR = dict(cifar10=10, cifar100=100)  # classes; their names can wait for the 
 
 
 def main(argv=None):
-    # arguments, and with them the teacher, who says what some are by default
     args, teacher = parse_args(argv)
-    known, taught = teacher["arch"], teacher["data"]  # what it learnt from; None: from elsewhere
+    known, taught = teacher["arch"], teacher["data"]  # what taught it; None: from elsewhere
     if world_size() > 1:
         fail("runs as one process: call it without torchrun")
     if os.path.exists(args.out):  # written over, if it is this stage's
@@ -400,7 +398,7 @@ def main(argv=None):
     if DEPTHS[args.depth][0] is not DEPTHS[known["depth"]][0]:
         fail(f"argument --depth: blocks of a ResNet-{known['depth']} cannot fill {args.depth}'s")
 
-    # data: what the network is meant for. the next stage compares the class names with the images
+    # data: what the network is for. the next stage compares the class names with those it loads
     inherited = args.dataset == teacher["config"].get("dataset")
     if inherited:
         data = taught
@@ -419,7 +417,7 @@ def main(argv=None):
         if taught:
             data = data | dict(classes=taught["classes"])  # of CIFAR they were not known
 
-    # student: fresh, as the seed says
+    # student: fresh, from the seed
     stem = args.stem
     if stem == "auto" and inherited:
         stem = known["stem"]

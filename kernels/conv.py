@@ -1,8 +1,8 @@
 """Branches of a recorded step, and a convolution whose weight gradient is one of them.
 
-A step that is recorded as a CUDA graph may fork: what does not depend on each other runs side by
-side, and fills the gaps that kernels leave at their ends and where they wait for memory. Time saved
-of a step of this project on one H200 in bf16, all gradients bit-equal (results/h200/variants.log):
+In a CUDA graph, work that does not depend on each other can run side by side, on streams of its
+own, and fill the gaps that kernels leave at their ends and while they wait for memory. Time saved
+in a step of this project on one H200, bf16, all gradients bit-equal (results/h200/variants.log):
 
                                        ResNet-34     distilled Spiking ResNet-18
                                        batch 256     batch 256     batch 64
@@ -18,15 +18,15 @@ from torch import nn
 
 
 def recording(x):
-    """Whether what is done with x becomes part of a CUDA graph."""
+    """Whether the current stream, x's, is being captured for a CUDA graph."""
     if torch.compiler.is_compiling() or not (x.is_cuda and torch.cuda.is_initialized()):
         return False
     return torch.cuda.is_current_stream_capturing()
 
 
 class Branch:
-    """Work that a recorded step does beside what follows, from fork() to join(), on a stream of its
-    own. In a step that is not recorded it is done in place."""
+    """A second stream, whose work, begun by fork(), runs beside what follows up to join(). Outside
+    of a capture the work is done in place."""
 
     def __init__(self):
         self.main = self.stream = None
@@ -34,12 +34,12 @@ class Branch:
 
     @contextmanager
     def fork(self, *tensors):
-        """`with` it, on the branch. tensors: what is read there, kept until join(): the allocator
-        would give their memory to what follows while the branch still reads it."""
+        """The `with` block runs on the branch. tensors: what it reads, kept alive until join():
+        the allocator could give their memory to what follows."""
         if not recording(tensors[0]):
             yield
             return
-        # the stream that join() makes wait: autograd calls it from a thread of its own
+        # remembered for join(), which autograd calls from a thread of its own
         self.main = torch.cuda.current_stream()
         self.stream = self.stream or torch.cuda.Stream()
         self.tensors += tensors
@@ -48,7 +48,7 @@ class Branch:
             yield
 
     def join(self):
-        """What follows waits for the branch."""
+        """Make what follows wait for the branch."""
         if self.tensors:
             self.main.wait_stream(self.stream)
         self.tensors = ()
@@ -71,22 +71,22 @@ def _end_backward():
 
 
 class _Convolution(torch.autograd.Function):
-    """F.conv2d whose weight gradient is computed beside the backward of the layer below, nearer the
-    input, which waits for the gradient of x alone: one is arithmetic, the other mostly memory."""
+    """F.conv2d whose weight gradient is computed on the branch, while the main stream goes on with
+    the layer below, which needs the gradient of x alone: arithmetic beside traffic of memory."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
         kernel = weight.to(x.dtype)
         ctx.save_for_backward(x, kernel)
         ctx.weight = weight
-        # no bias; dilation, transposed, output padding, groups
+        # bias sizes, stride, padding, dilation, transposed, output padding, groups
         ctx.options = None, stride, padding, (1, 1), False, (0, 0), 1
         return F.conv2d(x, kernel, None, stride, padding)
 
     @staticmethod
     def backward(ctx, g):
         x, kernel = ctx.saved_tensors
-        # one call of cuDNN's for each gradient, in place of one for both: the same kernels
+        # a call for each gradient: PyTorch's one for both runs the same two kernels
         backward, dx, dw = torch.ops.aten.convolution_backward, None, None
         weight_gradients.join()  # of the layer above
         if ctx.needs_input_grad[0]:
@@ -113,12 +113,12 @@ class Conv2d(nn.Conv2d):
         plain = (
             bias is None and x.dim() == 4 and self.dilation == (1, 1) and self.groups == 1
             and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-            # its gradient has its layout and becomes .grad as it is: nothing reads it
+            # so autograd makes its gradient .grad as it is, without reading it
             and weight.is_leaf and weight.grad is None
             and weight.is_contiguous(memory_format=torch.channels_last))
         if not (plain and recording(x)):
             return super()._conv_forward(x, weight, bias)
-        # F.conv2d would do so; here what is saved has to be what it sees
+        # as F.conv2d would: here, so that the backward sees the same x
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
         return _Convolution.apply(x, weight, self.stride, self.padding)

@@ -244,6 +244,8 @@ def test_checkpoints_of_another_stage(refused, command, path, wanted):
 def test_a_parent_is_not_written_over(refused, fresh):
     for flags in ("--out snn_init.pt", "--init idsnn.pt", "--teacher r34.pt --out r34.pt"):
         refused(f"train_idsnn.py {flags} {fresh}", "argument --out")
+    if fresh:  # the one that --init names
+        refused(f"train_idsnn.py --out r34.pt {fresh}", "argument --out")
 
 
 def test_a_teacher_that_is_named_is_looked_up_nowhere_else(refused):

@@ -207,6 +207,14 @@ def test_fresh_starts_over(quick, run, monkeypatch, script):
     shutil.copy("x.pt", "first.pt")
     result = run(f"{script} --epochs 1 --out x.pt --fresh")
     assert "finished" not in result.out and same_weights("x.pt", "first.pt")
+    # and one beside a finished one: the same command goes on with it, not with the old result
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.SGD, "step", press_ctrl_c)
+        call(f"{script} --epochs 1 --out x.pt --fresh")
+    assert same_weights("x.pt", "first.pt") and epochs_in("x.pt.last") == 0
+    result = run(f"{script} --epochs 1 --out x.pt")
+    assert "finished" not in result.out and not Path("x.pt.last").exists()
+    assert same_weights("x.pt", "first.pt")
     call(f"{script} --epochs 1 --out x.pt --fresh --seed 1")
     assert not same_weights("x.pt", "first.pt")
 
