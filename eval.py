@@ -98,8 +98,11 @@ def parse_args(argv=None):
         fail("runs as one process: call it without torchrun")
     if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
         fail("argument --export: takes the word nir, a file to write, and one checkpoint")
-    if args.plot and (args.predict or args.export) or args.export and (args.predict or args.json):
-        fail("--predict and --export stand alone: neither evaluates, so that --plot has nothing")
+    alone = "--predict and --export stand alone: neither evaluates, so that --plot has nothing"
+    if args.export and (args.predict or args.plot or args.json):
+        fail(alone)
+    if args.predict and args.plot:
+        fail(alone)
     if args.plot:
         os.environ["MPLBACKEND"] = "agg"  # files alone; a notebook leaves its own backend there
         import matplotlib  # noqa: F401  a missing package shows now, not after the pass

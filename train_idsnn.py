@@ -90,7 +90,8 @@ def parse_args(argv=None):
     add_training_flags(p, out="idsnn.pt")
 
     # the file of --init decides defaults: read it first
-    path, init = p.first_pass(argv).init, None
+    path = p.first_pass(argv).init
+    init = None
     if os.path.exists(path):
         init = load_checkpoint(path, "init", "idsnn")
         p.set_defaults(**{k: init["arch"][k] for k in NEURON}, dataset=init["config"]["dataset"])
@@ -193,7 +194,8 @@ def load_teacher(args, init, data):
         fail(f"{args.init} names no teacher: say --teacher, or --no-kd")
     path = args.teacher
     if not path:  # as recorded, or beside the file that records it, if both were moved
-        path, beside = parent["path"], Path(args.init).with_name(Path(parent["path"]).name)
+        path = parent["path"]
+        beside = Path(args.init).with_name(Path(path).name)
         if not os.path.exists(path) and beside.exists():
             path = str(beside)
     refuse_out(args, path)  # with --fresh nobody has looked at the file

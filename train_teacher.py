@@ -4,7 +4,7 @@
     python train_teacher.py --dataset digits          # half a minute on a laptop
     torchrun --nproc-per-node 4 train_teacher.py      # four GPUs, the same global batch and result
 
-From top to bottom: the recipe, the data, the network, main(); then what all stages import from
+From top to bottom: recipe, data, network, evaluation, main(); then what all stages import from
 here: flags and errors, device and training step, checkpoints, runs and restarts.
 """
 import argparse
@@ -287,13 +287,14 @@ class Batches:
 
     def __init__(self, data, args):
         C, H, W = data.shape
-        self.data, self.args, pad = data, args, args.crop_padding
+        self.data, self.args = data, args
         self.steps = len(data.train_y) // args.batch_size  # an epoch
         if self.steps == 0:
             fail(f"argument --batch-size: {args.batch_size} is more than the {len(data.train_y)} "
                  "training images: give a smaller one, and an --lr scaled likewise")
         # zeros on the raw pixels, as torchvision's RandomCrop
-        self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))
+        pad = args.crop_padding
+        self.padded = F.pad(data.train_x, (0, 0, pad, pad, pad, pad))  # (N, H, W, C)
         self.rows, self.cols = (torch.arange(n, device=self.padded.device) for n in (H, W))
         if not data.train_x.is_cuda and H * W <= 64:  # more threads would only wait
             torch.set_num_threads(1)
@@ -412,7 +413,7 @@ class ResNet(nn.Module):
         return self.fc(self.features(self.bn1(self.conv1(x))))
 
 
-# -------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------- evaluation
 def evaluator(predict, data, args):
     """-> a function that returns (accuracy in %, mean cross-entropy) over the test set, of which
     each process takes a share. predict: uint8 images (B, C, H, W) and their indices in the test set
@@ -448,6 +449,7 @@ def evaluator(predict, data, args):
     return evaluate
 
 
+# -------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     device, dtype, autocast, scaler = setup(args)
@@ -807,7 +809,8 @@ def earlier_run(stage, args):
     # a flag that an edit has added is in no old file, and stops nothing
     other = [k for k in new if k in old and k not in free and old[k] != new[k]]
     if other:
-        k, more = other[0], f" (and {len(other) - 1} more)" if other[1:] else ""
+        k = other[0]
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
         fail(f"{left[0]} is of another run, whose --{k.replace('_', '-')} is {old[k]}, not "
              f"{new[k]}{more}: say --fresh to start over, or another --out")
     return checkpoint

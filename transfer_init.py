@@ -313,12 +313,14 @@ def size(tensor):
 def load_source(path):
     """A checkpoint of train_teacher.py, or weights of a ResNet from elsewhere in the same form:
     `arch` read off their shapes, `data` None, `config` empty."""
-    content, sha256 = read_safetensors(path) if path.endswith(".safetensors") else read(path)
+    reader = read_safetensors if path.endswith(".safetensors") else read
+    content, sha256 = reader(path)
     if isinstance(content, dict) and "stage" in content:
         return load_checkpoint(path, "teacher")
 
     # as published, {"state_dict": {"module.conv1.weight": ...}}: all names have one prefix
-    tensors, mark = dict(flatten(content)), "layer1.0.conv1.weight"
+    mark = "layer1.0.conv1.weight"
+    tensors = dict(flatten(content))
     found = [name for name in tensors if name.endswith(mark)]
     if len(found) != 1:  # of MoCo's two encoders or timm's averages only the user knows which
         fail(f"{path} holds {len(found)} ResNets under torchvision's names ({listed(found)}) and "

@@ -476,7 +476,8 @@ def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, n
     parts = _new_parts(x, len(g), 2)
     n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
     height = 1 / (2 * lens)
-    data = x, len(g), g.contiguous(), bits if len(bits) else None, vectors
+    kept = bits if len(bits) else None
+    data = x, len(g), g.contiguous(), kept, vectors
     _launch(_reduce_kernel, *data, parts, decay, height, reducing=True)
     if group:
         parts = _AllReduce.apply(parts.sum(1, keepdim=True), group)  # (2, P, C) -> (2, 1, C)
