@@ -103,7 +103,9 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
         running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     y = centred * (var + eps).rsqrt().view(per_channel)
     if weight is not None:
-        y = y * weight.view(per_channel) + bias.view(per_channel)
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
     return y.to(x.dtype)  # as F.batch_norm's
 
 
@@ -120,7 +122,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def count_batch(self):
         """Count a batch of training -> the weight of its statistics in the running ones."""
-        if self.num_batches_tracked is None:  # there are none
+        if self.num_batches_tracked is None or not self.track_running_stats:
             return 0.0
         self.num_batches_tracked += 1
         if self.momentum is None:  # a plain average over all batches
@@ -607,6 +609,8 @@ def bn_lif(
     C = x.shape[2]
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
+    if weight is None or bias is None:
+        raise ValueError("bn_lif needs a weight and a bias")
     n = x.numel() // C * (1 if group is None else group.size())  # values a channel
     _check_vectors(C, n, weight, bias, running_mean, running_var, training)
 
@@ -642,7 +646,7 @@ def bn_act(
     all else      as in `bn_lif`, with statistics over B, H, W
 
     Returns (B, C, H, W) in x's dtype. Triton keeps x for the backward and, for a ReLU, a byte a
-    neuron; it has no second derivative. On PyTorch, under torch.func and without weight and bias
+    neuron; it has no second derivative. On PyTorch, under torch.func and without weight or bias
     (None) it is F.batch_norm, the add and F.relu. Raises TypeError for other dtypes, ValueError for
     shapes that do not fit.
     """
@@ -654,7 +658,7 @@ def bn_act(
     _check_vectors(C, n, weight, bias, running_mean, running_var, training)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)}, not {tuple(residual.shape)}")
-    fused = choose_impl(x, 1, impl) == "triton" and weight is not None
+    fused = choose_impl(x, 1, impl) == "triton" and weight is not None and bias is not None
     if fused and n > 0 and not transformed():
         if residual is not None:
             residual = residual.unsqueeze(0)

@@ -110,13 +110,15 @@ class Conv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, x, weight, bias):
+        if not recording(x):
+            return super()._conv_forward(x, weight, bias)
         plain = (
             bias is None and x.dim() == 4 and self.dilation == (1, 1) and self.groups == 1
             and self.padding_mode == "zeros" and not isinstance(self.padding, str)
             # so autograd makes its gradient .grad as it is, without reading it
             and weight.is_leaf and weight.grad is None
             and weight.is_contiguous(memory_format=torch.channels_last))
-        if not (plain and recording(x)):
+        if not plain:
             return super()._conv_forward(x, weight, bias)
         # as F.conv2d would: here, so that the backward sees the same x
         if torch.is_autocast_enabled("cuda"):

@@ -520,6 +520,26 @@ def test_batch_norm_of_one_process_is_pytorchs(options, training):
         ours(x[:, :, 0])
 
 
+def test_running_statistics_that_are_switched_off_stay():
+    """As adversarial training does, after construction."""
+    norm, x = BatchNorm2d(3).to(DEVICE), torch.randn(4, 3, 2, 2, device=DEVICE)
+    norm.track_running_stats = False
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    y = norm(x)
+    assert torch.allclose(y.mean((0, 2, 3)), torch.zeros(3, device=DEVICE), atol=1e-6)
+    torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+
+
+@both
+def test_a_batch_norm_without_bias(impl):
+    x, weight, bias, _, _ = inputs(1, 2, 5, 4, 4)
+    y = bn_act(x[0], weight, None, relu=False, impl=impl)
+    torch.testing.assert_close(
+        y, bn_act(x[0], weight, torch.zeros_like(bias), relu=False, impl="torch"))
+    with pytest.raises(ValueError, match="needs a weight and a bias"):
+        bn_lif(x, weight, None, impl=impl)
+
+
 @needs_triton
 def test_bn_act_keeps_a_byte_a_neuron_of_a_relu_alone():
     x, weight, bias, _, g = inputs(1, 2, 16, 8, 8)

@@ -109,6 +109,20 @@ def test_the_branch_of_a_weight_gradient_keeps_all_that_it_reads(fake_recording,
     assert torch.equal(weight, layer.weight)
 
 
+def test_models_are_stacked_under_vmap():
+    """torch.func's ensembles: vmap takes no question about a memory format."""
+    models = [train_teacher.ResNet(18, 3, 1, 2).eval() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(2, 1, 8, 8)
+
+    def scores(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    together = torch.vmap(scores)(parameters, buffers)
+    for one, model in zip(together, models):
+        torch.testing.assert_close(one, model(x))
+
+
 def test_a_frozen_convolution_has_no_branch(fake_recording):
     layer = train_teacher.conv(4, 8, 3).to(memory_format=torch.channels_last).requires_grad_(False)
     x = torch.randn(2, 4, 5, 5, requires_grad=True)

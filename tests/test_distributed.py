@@ -79,10 +79,12 @@ def global_batch():
     return torch.randn(3, 4, 2, 3, 3, generator=g, dtype=torch.float64).unbind(0)
 
 
-def batch_norm(x, residual, weight):
+def batch_norm(x, residual, weight, bias=True):
     """Output, gradient and running statistics for this process's share of the batch."""
     norm = BatchNormReLU(2).double()
     torch.nn.init.constant_(norm.weight, 0.7)
+    if not bias:  # a flag of nn.BatchNorm2d since PyTorch 2.14
+        norm.bias = None
     x = x.clone().requires_grad_()
     y = norm(x, residual)
     (y * weight).sum().backward()
@@ -105,6 +107,7 @@ def one_of_two():
     torch.save(dict(
         evaluate=accuracy_and_loss(batch_size=1),
         norm=batch_norm(*[t.chunk(2)[rank] for t in global_batch()]),
+        norm_without_bias=batch_norm(*[t.chunk(2)[rank] for t in global_batch()], bias=False),
         gradients=[averaged(f) for f in (torch.contiguous_format, torch.channels_last)],
     ), f"rank{rank}.pt")
 
@@ -173,10 +176,11 @@ def test_a_test_set_that_does_not_divide_is_counted_exactly(seen):
         assert process["evaluate"] == pytest.approx(expected)
 
 
-def test_batch_norm_is_over_both_processes(seen):
-    parts = [process["norm"] for process in seen]
-    for name, one, a, b in zip(
-            ("output", "gradient", "mean", "variance"), batch_norm(*global_batch()), *parts):
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_is_over_both_processes(seen, bias):
+    parts = [process["norm" if bias else "norm_without_bias"] for process in seen]
+    whole = batch_norm(*global_batch(), bias=bias)
+    for name, one, a, b in zip(("output", "gradient", "mean", "variance"), whole, *parts):
         two = torch.cat([a, b]) if name in ("output", "gradient") else a
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-12), name
 

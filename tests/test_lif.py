@@ -390,12 +390,12 @@ def test_the_folder_is_lifted_into_another_project(tmp_path):
     """A copy under another name, inside a package, beside this one in the same process."""
     (tmp_path / "theirs").mkdir()
     source = Path(__file__).resolve().parent.parent / "kernels"
-    shutil.copytree(source, tmp_path / "theirs" / "fused")
+    shutil.copytree(source, tmp_path / "theirs" / "épines")  # operators have names in ASCII
     code = """
 import torch, kernels
-from theirs.fused import lif, bn_lif
+from theirs.épines import lif, bn_lif
 x = torch.randn(4, 2, 3, 5, 5)
-assert lif.__module__ == "theirs.fused.lif"
+assert lif.__module__ == "theirs.épines.lif"
 assert torch.equal(lif(x), kernels.lif(x))
 one, zero = torch.ones(3), torch.zeros(3)
 assert torch.equal(bn_lif(x, one, zero), kernels.bn_lif(x, one, zero))
