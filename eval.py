@@ -27,6 +27,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
 from rich.progress import track
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -93,7 +95,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.checkpoints = args.checkpoints or ["idsnn.pt"]
 
-    # what would fail after the pass over the test set should fail now
+    # what would fail, or do harm, after the pass over the test set should fail now
     if world_size() > 1:
         fail("runs as one process: call it without torchrun")
     if args.export and (args.export[0] != "nir" or len(args.checkpoints) > 1):
@@ -103,6 +105,9 @@ def parse_args(argv=None):
         fail(alone)
     if args.predict and args.plot:
         fail(alone)
+    for file in (args.json, args.export and args.export[1]):
+        if file and zipfile.is_zipfile(file):  # as torch.save writes
+            fail(f"{file} holds a checkpoint, and would be written over: name another file")
     if args.plot:
         os.environ["MPLBACKEND"] = "agg"  # files alone; a notebook leaves its own backend there
         import matplotlib  # noqa: F401  a missing package shows now, not after the pass
@@ -160,7 +165,7 @@ class OperationCounter:
         new = dict(macs=macs, connections=connections, spikes=0, analogue=False)
         layer = self.layers.setdefault(name, new)
         layer["spikes"] += spikes
-        layer["analogue"] |= (x != x.round()).any()
+        layer["analogue"] |= ((x != x.round()) | (x < 0)).any()
 
     def read(self):
         """A dict per layer, for one image: acs and macs a step, dense_macs a pass with ReLU."""
@@ -234,7 +239,7 @@ def evaluate_over_time(run, model, data, steps, batch_size):
     # correct, loss: sums over images
     sums = torch.zeros(len(steps), 2, dtype=torch.float64, device=data.test_y.device)
     operations, firing = OperationCounter(model, steps[-1]), FiringRates(model)
-    for start in track(range(0, N, batch_size), run["file"], transient=True,
+    for start in track(range(0, N, batch_size), escape(run["file"]), transient=True,
                        disable=not sys.stdout.isatty()):
         y = data.test_y[start: start + batch_size]
         scores = scores_over_time(run, model, data, start, start + batch_size)
@@ -273,9 +278,11 @@ def read_images(paths, described):
 
 
 @torch.no_grad()
-def predict(run, model, data, paths, steps):
+def predict(run, model, data, paths, steps, batch_size):
     """Class and probability after each number of time-steps in `steps`: a row for each image."""
-    scores = scores_over_time(run, model, data, 0, len(paths))
+    scores = torch.cat([
+        scores_over_time(run, model, data, start, start + batch_size)
+        for start in range(0, len(paths), batch_size)], 1)
     rows = []
     for i, path in enumerate(paths):
         for t in steps:  # the answer after t steps, as on a test set
@@ -481,6 +488,9 @@ def main(argv=None):
         runs.append(run)
     if args.export and not run["T"]:
         fail(f"{path} is a teacher, a network without time-steps")
+    if len({run["name"] for run in runs}) < len(runs):  # of several folders
+        for run in runs:
+            run["name"] = run["file"]
 
     # --export: there is nothing to evaluate
     if args.export:
@@ -503,6 +513,8 @@ def main(argv=None):
             folder = args.data_dir or run["config"].get("data_dir", "data")
             images = load_once(args.dataset or run["config"]["dataset"], folder)
             check_fits(images, run, "network", run["file"], "give its own with --dataset")
+            if run["data"].get("sha256", images.sha256) != images.sha256:
+                print(f"{run['file']} was trained on other pixels than those of {images.name}")
         images = copy.copy(images)  # runs share the pixels, not how they are normalised
         if "mean" in run["data"]:
             images.mean, images.std = run["data"]["mean"], run["data"]["std"]
@@ -513,7 +525,8 @@ def main(argv=None):
         run |= dict(device=str(device), precision=args.precision)
         with autocast:
             if args.predict:
-                run["predictions"] = predict(run, model, images, args.predict, steps)
+                run["predictions"] = predict(
+                    run, model, images, args.predict, steps, args.batch_size)
             else:
                 run |= evaluate_over_time(run, model, images, steps, args.batch_size)
 

@@ -201,7 +201,8 @@ def load_teacher(args, init, data):
     refuse_out(args, path)  # with --fresh nobody has looked at the file
     checkpoint = load_checkpoint(path, "teacher")
     if not args.teacher and checkpoint["sha256"] != parent["sha256"]:
-        fail(f"{path} has changed since {args.init} was made from it: say --teacher {path}")
+        fail(f"{path} has changed since {args.init} was made from it, or is another run's: say "
+             "with --teacher which one to distil from")
     check_fits(data, checkpoint, "teacher", path, "train one on these data, or say --no-kd")
     if checkpoint["data"]["sha256"] != data.sha256:
         print(f"{path} was trained on other pixels: it sees these normalised by their own mean")

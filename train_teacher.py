@@ -197,7 +197,8 @@ def load_digits(dataset, data_dir):
 
 def load_cifar(dataset, data_dir):
     """CIFAR-10 or CIFAR-100. torchvision downloads it, once; its pixels and labels are kept in
-    <data_dir>/<dataset>.images, which loads in 0.7 s: torchvision checks and unpickles for 5."""
+    <data_dir>/<dataset>.images, which loads in 0.7 s: torchvision checks and unpickles for 5.
+    (Delete that file if you change what is read here.)"""
     kept = data_dir / f"{dataset}.images"
     if rank() > 0:  # the first process downloads, the others read after it
         dist.barrier()
@@ -215,7 +216,7 @@ def load_cifar(dataset, data_dir):
             test_x=torch.from_numpy(test.data).contiguous(),
             test_y=torch.tensor(test.targets))
         if os.access(data_dir, os.W_OK):  # the folder may be read-only
-            part = f"{kept}.{os.getpid()}"  # another run may be writing it, too
+            part = f"{kept}.{os.urandom(4).hex()}"  # another run may be writing it, too
             torch.save(content, part)
             os.replace(part, kept)
     if rank() == 0 and world_size() > 1:
@@ -759,6 +760,7 @@ def recorded(step, args, device):
 def save_checkpoint(path, model, **contract):
     """Write a checkpoint, whole or not at all: a plain dict of the model's weights, with `stage`,
     `arch`, `config`, `data`, `parents`, `history`, and what a restart needs."""
+    path = os.path.realpath(path)  # a link stays one
     weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     versions = dict(torch=str(torch.__version__), python=sys.version)
     torch.save(contract | dict(model=weights, versions=versions), f"{path}.tmp")
@@ -794,6 +796,8 @@ def earlier_run(stage, args):
     """What a run of the same flags left at --out: where it was interrupted, or else its result.
     None for a fresh start. Ends where the flags were others."""
     left = [file for file in (f"{args.out}.last", args.out) if os.path.exists(file)]
+    if args.out in left and not os.path.isfile(args.out):
+        fail(f"argument --out: {args.out} is a device, which a checkpoint would replace")
     if args.fresh or not left:
         return None
     checkpoint = load_checkpoint(left[0], stage)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 
 import train_idsnn
 import train_teacher
@@ -246,6 +247,20 @@ def test_a_parent_is_not_written_over(refused, fresh):
         refused(f"train_idsnn.py {flags} {fresh}", "argument --out")
     if fresh:  # the one that --init names
         refused(f"train_idsnn.py --out r34.pt {fresh}", "argument --out")
+
+
+def test_a_device_is_not_replaced(refused):
+    """By the file that --fresh would write without a look at it; a root user may."""
+    refused("train_idsnn.py --out /dev/null --fresh", "argument --out: /dev/null is a device")
+
+
+def test_a_link_stays_one(here):
+    os.mkdir("large")
+    os.symlink("large/init.pt", "link.pt")
+    for _ in range(2):
+        call("transfer_init.py --src r34.pt --out link.pt")
+        assert os.path.islink("link.pt") and os.path.isfile("large/init.pt")
+    assert os.listdir("large") == ["init.pt"]
 
 
 def test_a_teacher_that_is_named_is_looked_up_nowhere_else(refused):

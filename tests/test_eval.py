@@ -48,12 +48,12 @@ def cells(text, name):
 class Tiny(nn.Module):
     """conv 1x1 -> LIF -> conv 3x3 -> LIF -> mean over pixels -> linear, on 2x2 images.
 
-    T 2, threshold 1, decay 1/2.
+    Threshold 1, decay 1/2.
     """
 
-    def __init__(self):
+    def __init__(self, T=2):
         super().__init__()
-        neuron = Neuron(T=2, decay=0.5, v_th=1.0)
+        neuron = Neuron(T=T, decay=0.5, v_th=1.0)
         self.conv1, self.bn1 = nn.Conv2d(1, 1, 1, bias=False), BatchNormLIF(1, neuron)
         self.conv2 = nn.Conv2d(1, 2, 3, padding=1, bias=False)
         self.layer4 = BatchNormLIF(2, neuron)
@@ -94,6 +94,11 @@ def test_operations_by_hand():
         conv2=dict(name="conv2", dense_macs=72, macs=[], acs=[27, 45]),
         # 2*3 = 6 MACs; each of the 3 and 5 spikes below the mean adds 3 weights, over 2 images
         fc=dict(name="fc", dense_macs=6, macs=[], acs=[4.5, 7.5]))
+
+    # whole numbers below 0 are an image, too, at one step as well
+    white_and_black = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).view(1, 1, 2, 2)
+    stem = counted(Tiny(T=1), white_and_black, T=1)["conv1"]
+    assert stem == dict(name="conv1", dense_macs=4, macs=[4], acs=[])
 
     one, two = (stage4.energy(layers.values(), T) for T in (1, 2))
     assert (one["acs"], one["macs"]) == (31.5, 4)
@@ -269,6 +274,21 @@ def test_every_run_sees_images_normalised_as_its_own_training_did(evaluated):
     assert together == alone and alone[0] != alone[1]
 
 
+def test_other_pixels_than_those_of_training_are_said(evaluated):
+    data = torch.load("idsnn.pt", weights_only=True)["data"]
+    edited("idsnn.pt", "elsewhere.pt", data=data | dict(sha256="0" * 64))
+    assert "other pixels" not in evaluated("idsnn.pt").out
+    assert "elsewhere.pt was trained on other pixels" in evaluated("elsewhere.pt").out
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(evaluated):
+    for folder in ("a", "b"):
+        os.mkdir(folder)
+        edited("idsnn.pt", f"{folder}/idsnn.pt")
+    names = [row["run"] for row in evaluated("a/idsnn.pt b/idsnn.pt --T 1").comparison]
+    assert names == ["a/idsnn.pt", "b/idsnn.pt"]
+
+
 def test_a_table_is_as_wide_as_what_it_says(capsys):
     stage4.show("a title", [
         {"run": "a", "T": 4, "test %": 67.754, "at": None, "n": 12345.678},
@@ -340,6 +360,11 @@ def test_predict(evaluated):
         assert row["probability"] == pytest.approx(probability.item(), rel=1e-4)
         shown = [str(row["T"]), row["class"], f"{row['probability']:.3g}"]
         assert shown in cells(result.out, row["image"])
+    # in smaller passes, the same
+    again, = evaluated("idsnn.pt --T 1,2,6 --predict grey.png colour.png --batch-size 1").runs
+    for one, other in zip(student["predictions"], again["predictions"]):
+        assert one["class"] == other["class"]
+        assert one["probability"] == pytest.approx(other["probability"], rel=1e-4)
     # a teacher answers at once
     assert [row["T"] for row in teacher["predictions"]] == ["ANN", "ANN"]
     assert "8x8" in result.out and "steps" not in student
@@ -370,6 +395,8 @@ def test_images_are_made_what_the_network_was_trained_on(here):
     ("--export onnx x", "--export"),
     ("--export nir no/such/x.nir", "--export"),
     ("--export nir x --json y", "stand alone"),
+    ("--json r34.pt", "r34.pt holds a checkpoint"),  # FILE was forgotten
+    ("--export nir idsnn.pt", "idsnn.pt holds a checkpoint"),
     ("--predict none.png --plot fig.png", "stand alone")])
 def test_mistakes_cost_one_line_before_any_work(refused, here, monkeypatch, command, says):
     """What all four scripts refuse alike is in test_errors."""
