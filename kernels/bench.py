@@ -7,11 +7,12 @@ them; the batch makes the tensors several times larger than the cache. The conte
     lif      the neuron alone:        ours, SpikingJelly, snnTorch, the loop over t, that compiled
     bn_lif   batch norm + add + LIF:  ours, the same in three calls, and the peers behind batch norm
 
-SpikingJelly runs LIFNode's function with PiecewiseQuadratic, the cheapest surrogate that its fused
-kernels know (ours, the rectangle, they do not), on an fp32 potential, without which it falls back
-to a loop in silence, in channels-last or contiguous layout, the better; snnTorch runs Leaky
-with its fast sigmoid. "% of copy" sets the least bytes that our kernels can move for the work, over
-the time measured, against a kernel's copy of a large tensor: the same of every contestant.
+SpikingJelly runs the function behind LIFNode: with PiecewiseQuadratic, the cheapest surrogate that
+its fused kernels support (they lack ours, the rectangle); with an fp32 potential, because without
+one it silently falls back to a loop; and in the faster of channels-last and contiguous layout.
+snnTorch runs Leaky with its fast sigmoid. "% of copy" is the least number of bytes that our kernels
+can move for the work, over the time measured, relative to a copy kernel on a large tensor; the
+bytes are the same for every contestant.
 """
 
 import argparse
@@ -61,6 +62,8 @@ def parse_args(argv=None):
         p.error(f"argument --seconds: {args.seconds}: must be above 0")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         p.error(f"argument --json: {args.json}: must be a file in a folder that exists")
+    if args.device == "cuda" and not gpu:
+        p.error("argument --device: cuda, but PyTorch sees no GPU")
     args.device = torch.device(args.device)
     args.dtype = args.dtype or {"cuda": "bf16", "cpu": "fp32"}[args.device.type]
     args.batch = args.batch or batch_beyond_cache(args)

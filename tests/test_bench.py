@@ -18,6 +18,13 @@ def test_all_contestants_compute_the_same_spikes(neuron):
     assert max(bench.check(neuron, bench.parse_args(CPU)).values()) <= bench.ROUNDING
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.parse_args(["--device", "cuda"])
+    assert end.value.code == 2 and "sees no GPU" in capsys.readouterr().err
+
+
 def test_another_neuron_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench, "our_lif", lambda x: (x > 0.5).to(x.dtype))  # forgets everything
     with pytest.raises(SystemExit, match="not the same neuron"):
