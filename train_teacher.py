@@ -797,7 +797,7 @@ def earlier_run(stage, args):
     None for a fresh start. Ends where the flags were others."""
     left = [file for file in (f"{args.out}.last", args.out) if os.path.exists(file)]
     if args.out in left and not os.path.isfile(args.out):
-        fail(f"argument --out: {args.out} is a device, which a checkpoint would replace")
+        fail(f"argument --out: {args.out} is no regular file, and a checkpoint would replace it")
     if args.fresh or not left:
         return None
     checkpoint = load_checkpoint(left[0], stage)
