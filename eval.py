@@ -75,17 +75,17 @@ def parse_args(argv=None):
     add("checkpoints", nargs="*", type=os.path.expanduser, metavar="FILE",
         help="checkpoints of any stage (default: idsnn.pt)")
     add("--T", type=time_steps, metavar="T,T,...",
-        help="time-steps after which to report (default: 1, 2, ... as trained)")
+        help="time-steps after which to report (default: 1 to the T of training)")
     add("--dataset", type=os.path.expanduser,
         help="cifar10, cifar100, digits, or a folder (default: as in training)")
     add("--data-dir", type=os.path.expanduser,
         help="where downloads are kept (default: as in training)")
     add("--batch-size", type=number(int, 1), default=250, help="images per pass")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
-        help="of the arithmetic; auto: bf16 where the device multiplies it")
+        help="auto: bf16 if the hardware multiplies it, else fp16 on GPUs, fp32 on CPUs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     # what to make of it
-    add("--json", type=output, metavar="FILE", help="write everything, for scripts")
+    add("--json", type=output, metavar="FILE", help="write all results as JSON")
     add("--plot", type=output, metavar="FILE.png", help="draw curves over epochs, T and layers")
     add("--predict", nargs="+", type=os.path.expanduser, metavar="IMAGE",
         help="classify image files instead")

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add = p.add_argument
     # what is trained, and who teaches it
     add("--init", type=os.path.expanduser, default="snn_init.pt",
-        help="network of transfer_init.py, or a trained one to be trained on")
+        help="network of transfer_init.py, or a trained one to continue from")
     add("--teacher", type=os.path.expanduser,
         help="checkpoint of train_teacher.py to distil from (default: that of --init)")
     # rows of Table 3
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--no-kd", action="store_true", help="ablation: cross-entropy alone, no teacher")
     add("--dataset", type=os.path.expanduser, help="cifar10, cifar100, digits, or a folder")
     # the loss
-    add("--per-step", action="store_true", help="the loss of every time-step, for fewer of them")
+    add("--per-step", action="store_true", help="loss on the scores of every time-step (TET)")
     add("--alpha", type=number(float, 0), help="weight of the distillation loss, eq. 8")
     add("--temperature", type=number(float, 1e-6), help="of the softened class scores, eq. 6")
     add_neuron_flags(p)

@@ -78,7 +78,7 @@ def add_training_flags(p, out):
     """The flags that both training stages have; a recipe says the defaults of the first ones."""
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=["paper", "fast"], default="paper",
-        help="defaults of the flags below; fast: for tens of thousands of images, as in CIFAR")
+        help="defaults of --epochs to --flip; fast: for tens of thousands of images, as in CIFAR")
     add("--epochs", type=number(int, 1), help="passes over the training set")
     add("--batch-size", type=number(int, 2),
         help="images per step, over all processes; scale --lr with it")
@@ -87,7 +87,8 @@ def add_training_flags(p, out):
     add("--momentum", type=number(float, 0, 1), help="momentum of SGD")
     add("--nesterov", action=yes_no, help="Nesterov's momentum")
     add("--weight-decay", type=number(float, 0), help="L2 penalty on every parameter")
-    add("--schedule", choices=["step", "cosine", "linear"], help="x0.1 at milestones, or down to 0")
+    add("--schedule", choices=["step", "cosine", "linear"],
+        help="step: x0.1 at milestones; others: down to 0")
     add("--milestones", type=milestones, metavar="E,E,...", help="epochs of --schedule step")
     add("--warmup", type=number(float, 0, 0.99), help="share of the run before the peak rate")
     # augmentation
@@ -95,10 +96,10 @@ def add_training_flags(p, out):
     add("--flip", action=yes_no, help="mirror half of the training images")
     # where and how it runs
     add("--precision", choices=["auto", "bf16", "fp16", "fp32", "fp64"], default="auto",
-        help="auto: bf16 where the device multiplies it, else fp16 on GPUs, fp32 on CPUs")
+        help="auto: bf16 if the hardware multiplies it, else fp16 on GPUs, fp32 on CPUs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
-    add("--graph", action=yes_no, default=True, help="on GPUs, the training step as a CUDA graph")
-    add("--deterministic", action="store_true", help="bit-equal runs on a GPU, too; slower")
+    add("--graph", action=yes_no, default=True, help="training steps as CUDA graphs, but for fp16")
+    add("--deterministic", action="store_true", help="bit-equal runs on GPUs, too; slower")
     add("--seed", type=number(int, 0), default=0, help="of initial weights, order, augmentation")
     # files
     add("--data-dir", type=os.path.expanduser, default="data", help="where downloads are kept")
@@ -822,7 +823,8 @@ def earlier_run(stage, args):
 
 class TrainingRun:
     """Files and screen output of a run, by rank 0: <out>, the checkpoint; <out>.jsonl, a header and
-    a line an epoch; <out>.last, the resume state, at most a minute old, deleted at the end."""
+    a line an epoch; <out>.last, the resume state, at most a minute plus an epoch old, deleted at
+    the end."""
     # title and format of the table on the screen, at most 80 columns wide
     COLUMNS = dict(
         epoch=(" epoch", "6d"), loss=("   loss", "7.3f"), train_acc=(" train %", "8.2f"),

@@ -72,7 +72,7 @@ def parse_args(argv=None):
         help="basic: LIF after the residual add (Fig. 1b); sew: before it (Fig. 1c)")
     # what is transferred, and from where (paper, section 3.2.2)
     add("--block-map", default="spread", choices=["spread", "first"],
-        help="teacher's block for block j: at its relative position, or min(j, n-1) as theirs")
+        help="teacher's block for block j: at its relative position, or theirs, min(j, n-1)")
     add("--shortcut", default="transfer", choices=["transfer", "fresh"],
         help="downsampling shortcuts; fresh: as in the authors' code")
     add("--classifier", default="fresh", choices=["fresh", "transfer"],
@@ -108,12 +108,12 @@ def add_neuron_flags(p):
     # a window of width 0 has no gradient, and at threshold 0 batch norm would start at 0
     positive = number(float, 1e-6)
     p.add_argument("--T", type=number(int, 1, 32), help="time-steps")
-    p.add_argument("--decay", type=number(float, 0, 1), help="what a step keeps, eq. 2")
+    p.add_argument("--decay", type=number(float, 0, 1), help="potential kept per step, eq. 2")
     p.add_argument("--v-th", type=positive, help="firing threshold, eq. 3")
     p.add_argument("--lens", type=positive, help="half-width of the surrogate's window, eq. 4")
     p.add_argument("--detach-reset", action=argparse.BooleanOptionalAction,
                    help="no gradient through the reset, as in the authors' code; with one, an "
-                        "ablation, every step of every layer is launched on its own")
+                        "ablation, nothing is fused")
 
 
 # ------------------------------------------------------------------------------ spiking network
