@@ -603,8 +603,8 @@ def milestones(text):
 def output(text):
     """An argparse type: a path at which a file can be written."""
     text = os.path.expanduser(text)  # in --out=~/r34.pt the shell leaves ~ as it is
-    folder = Path(text).parent
-    if Path(text).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+    folders = Path(text).parent, Path(os.path.realpath(text)).parent  # where a link leads, too
+    if Path(text).is_dir() or not all(f.is_dir() and os.access(f, os.W_OK) for f in folders):
         raise argparse.ArgumentTypeError(f"{text}: must be a file, in a folder that takes files")
     return text
 

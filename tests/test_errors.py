@@ -257,7 +257,9 @@ def test_what_is_no_file_is_not_replaced(refused, here):
     assert Path("pipe").is_fifo()
 
 
-def test_a_link_stays_one(here):
+def test_a_link_stays_one(here, refused):
+    os.symlink("gone/init.pt", "dangling.pt")
+    refused("transfer_init.py --src r34.pt --out dangling.pt", "argument --out: dangling.pt")
     os.mkdir("large")
     os.symlink("large/init.pt", "link.pt")
     for _ in range(2):
