@@ -198,8 +198,8 @@ def load_digits(dataset, data_dir):
 
 def load_cifar(dataset, data_dir):
     """CIFAR-10 or CIFAR-100. torchvision downloads it, once; its pixels and labels are kept in
-    <data_dir>/<dataset>.images, which loads in 0.7 s: torchvision checks and unpickles for 5.
-    (Delete that file if you change what is read here.)"""
+    <data_dir>/<dataset>.images, which loads in 0.7 s, not 5 (results/loading-cpu.log). Delete that
+    file if you change what is read here."""
     kept = data_dir / f"{dataset}.images"
     if rank() > 0:  # the first process downloads, the others read after it
         dist.barrier()
@@ -237,8 +237,8 @@ def load_folder(dataset, data_dir):
         raise ValueError(f"train/ and {held_out}/ differ in the class {min(odd)!r}")
     files, labels = zip(*train, *test)
 
-    # pixels: of one size, in one mode. threads take twice as long: most of a small image is
-    # Python's own work, for which they queue
+    # pixels: of one size, in one mode. threads take twice as long (results/loading-cpu.log): most
+    # of a small image is Python's own work, for which they queue
     images = [read_image(path) for path in files]
     H, W, C = images[0].shape
     for path, image in zip(files, images):

@@ -187,6 +187,7 @@ if triton is not None:
         m = tl.sum(x, 0, keep_dims=True) * (1 / BR)
         s1 = tl.zeros([BR, BC], tl.float32)
         s2 = s1
+        # one wave of programs takes turns: few parts are left to combine, whatever the size
         rows = tl.cdiv(N, C).to(tl.int32)
         first, stride = tl.program_id(0) * BR, tl.num_programs(0) * BR
         for row in range(first, rows, stride):
@@ -280,6 +281,7 @@ if triton is not None:
         xs = load_steps(X, N, offsets, inside, TX)
         if Residual is not None:
             residuals = load_steps(Residual, N, offsets, inside, T)
+        # of the channel, made by _vectors_kernel: no root or division here
         scale = _row(Vectors, SCALE, c, C)
         shift = _row(Vectors, SHIFT, c, C)
         carry = tl.zeros([BR, BC], tl.float32)
@@ -325,6 +327,7 @@ if triton is not None:
             if Bits is not None:
                 codes = load_steps(Bits, N, offsets, inside, (T + 3) // 4)
             xs = load_steps(X, N, offsets, inside, TX)
+            # back through time; the sums of batch norm's backward on the way
             du = tl.zeros([BR, BC], tl.float32)
             for t in tl.static_range(T - 1, -1, -1):
                 if Bits is None:  # no activation
@@ -354,6 +357,7 @@ if triton is not None:
             mean_d = _row(Means, 0, c, C)
             slope = _row(Means, 1, c, C)
         scale = _row(Vectors, SCALE, c, C)
+        # dcurrent once more: g and the bits read again are fewer bytes than it kept in memory
         du = tl.zeros([BR, BC], tl.float32)
         total = du
         for t in tl.static_range(T - 1, -1, -1):
@@ -475,9 +479,10 @@ def _bn_act(
 def _bn_act_backward(g, bits, x, vectors, decay, lens, training, group, ranks, need_dresidual):
     """dx; dresidual, empty unless needed; Means (4, C), with the gradients of bias and weight."""
     dx, dresidual, means = _new_gradients(g, x, vectors, need_dresidual)
+    # two passes: the means of all values have to be known before the first dx
     parts = _new_parts(x, len(g), 2)
     n = ranks * x.numel() // x.shape[-1]  # values of a channel, on all ranks
-    height = 1 / (2 * lens)
+    height = 1 / (2 * lens)  # of the surrogate
     kept = bits if len(bits) else None
     data = x, len(g), g.contiguous(), kept, vectors
     _launch(_reduce_kernel, *data, parts, decay, height, reducing=True)

@@ -11,6 +11,7 @@ in a step of this project on one H200, bf16, all gradients bit-equal (results/h2
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,19 +56,16 @@ class Branch:
 
 
 weight_gradients = Branch()
-_branched = []  # (weight, address and version of its gradient), of the backward that runs
 
 
-def _end_backward():
-    """Wait for the weight gradients; raise where something added to one before that."""
+def _end_backward(weight, address, version):
+    """Wait for the weight gradients; raise where something has added to this one before."""
     weight_gradients.join()
-    branched = _branched.copy()
-    _branched.clear()
-    for weight, *made in branched:
-        g = weight.grad
-        if g is not None and [g.data_ptr(), g._version] != made:
-            raise RuntimeError("a convolution's weight has a second gradient (it is used twice, or "
-                               "the loss reads it), which did not wait: use nn.Conv2d")
+    g = weight.grad
+    # a sum is a tensor of its own, or the next version of this one
+    if g is not None and (g.data_ptr(), g._version) != (address, version):
+        raise RuntimeError("a convolution's weight has a second gradient (it is used twice, or "
+                           "the loss reads it), which did not wait: use nn.Conv2d")
 
 
 class _Convolution(torch.autograd.Function):
@@ -95,9 +93,10 @@ class _Convolution(torch.autograd.Function):
             with weight_gradients.fork(g, x, kernel):
                 _, dw, _ = backward(g, x, kernel, *ctx.options, (False, True, False))
                 dw = dw.to(ctx.weight.dtype)
-            _branched.append((ctx.weight, dw.data_ptr(), dw._version))
+            # not with dw itself: autograd would copy a tensor that somebody else holds, and at once
+            end = partial(_end_backward, ctx.weight, dw.data_ptr(), dw._version)
             # before backward() returns (private, but FSDP's own way)
-            torch.autograd.Variable._execution_engine.queue_callback(_end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
         return dx, dw, None, None
 
 

@@ -154,6 +154,14 @@ def test_a_gradient_that_something_adds_to_is_refused(fake_recording):
             continue
         with pytest.raises(RuntimeError, match="second gradient"):
             loss().backward()
+    # nor of a backward that failed before its end
+    layer.zero_grad()
+    broken = x.clone().requires_grad_()
+    broken.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layer(broken).sum().backward()
+    layer.zero_grad()
+    used_once().backward()
     layer.zero_grad()
     twice = used_once()
     twice.backward(retain_graph=True)
