@@ -1,17 +1,17 @@
-"""What the tests share: the interpreter for Triton's kernels, and one pipeline on the digits.
+"""What the tests share: Triton's kernels on this machine, and one pipeline on the digits.
 
 Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before
 triton is imported."""
 import importlib
+import importlib.util
 import os
 import shlex
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # the tensors are tiny; threads would only fight over the cores
 
@@ -30,11 +30,11 @@ def mend_interpreter():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    try:
-        mend_interpreter()
-    except ImportError:  # no triton here: its tests are skipped
-        pass
+    mend_interpreter()
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 CPU = "--device cpu --precision fp32"
 
 
@@ -42,6 +42,25 @@ def call(command):
     """Run a script's main() in this process: call("train_teacher.py --epochs 1")."""
     script, *argv = shlex.split(command)
     importlib.import_module(script.removesuffix(".py")).main(argv)
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN, and 255 in the bits: what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def saved_bytes(function, *args, **options):
+    """The bytes that autograd keeps for the backward."""
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        function(*args, **options)
+    return sum(sizes)
 
 
 @pytest.fixture(scope="session")
@@ -64,30 +83,3 @@ def here(stages, tmp_path, monkeypatch):
         shutil.copy(stages / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(here, capsys):
-    """run("eval.py idsnn.pt") -> status, out, err, in the folder `here`."""
-    def run(command):
-        capsys.readouterr()
-        status = 0
-        try:
-            call(command)
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-    return run
-
-
-@pytest.fixture
-def refused(run):
-    """refused("eval.py nothing.pt") -> the one line on stderr in which a mistake ends."""
-    def refused(command):
-        result = run(command)
-        assert result.status == 2, result
-        assert result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
-        assert not result.out, result.out
-        return result.err
-    return refused
