@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 import eval as stage4
 
 ROOT = Path(stage4.__file__).parent
