@@ -170,7 +170,7 @@ def test_predict(here):
     ("--json idsnn.pt", "would replace a checkpoint"),  # its FILE was forgotten
     ("idsnn.pt snn_init.pt --export x.nir", "one checkpoint"),
     ("r34.pt --export x.nir", "r34.pt is not"),
-    ("other.pt", "other.pt: its classes are")])
+    ("other.pt", "other.pt: other classes")])
 def test_mistakes_cost_a_line(here, capsys, command, says):
     data = load_checkpoint("idsnn.pt", "idsnn")["data"]
     edited("idsnn.pt", "other.pt", data=data | dict(classes=list("1023456789")))

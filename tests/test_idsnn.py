@@ -175,8 +175,8 @@ def test_a_teacher_can_be_named(train):
     ("--out three.pt", "--out three.pt would replace"),
     ("--out r34.pt", "--out r34.pt would replace"),
     # the same ten names in another order: of the network's classes, or of its teacher's
-    ("--init swapped.pt", "swapped.pt: its classes are"),
-    ("--teacher swapped-r34.pt", "swapped-r34.pt: its classes are")])
+    ("--init swapped.pt", "swapped.pt: other classes"),
+    ("--teacher swapped-r34.pt", "swapped-r34.pt: other classes")])
 def test_what_does_not_fit_is_refused(train, flags, says):
     data = few().describe() | dict(classes=list("1023456789"))
     edited("three.pt", "orphan.pt", parents={})

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused(here):
     refused((SystemExit, ValueError), "7", state(num_classes=7), "--classifier transfer")
     teacher = load_checkpoint("r34.pt", "teacher")
     swapped = dict(data=teacher["data"] | dict(classes=list("0123456798")))
-    refused(SystemExit, "w.pth: its classes are", teacher | swapped, "--classifier transfer")
+    refused(SystemExit, "w.pth: other classes", teacher | swapped, "--classifier transfer")
     made("--src w.pth --dataset digits")
 
 
