@@ -1,5 +1,6 @@
 """Stage 4: accuracy over time and operations by hand, comparison, predictions, NIR."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,14 @@ def test_checkpoints_of_every_stage_side_by_side(here, capsys):
     assert steps[5] == steps[6] != steps[7] and steps[5][1]["10^6 MAC"] == 0
     with Image.open("fig.png") as image:
         assert image.width > 1600  # pixels: two columns in print
+
+
+def test_every_run_is_in_the_legend_under_its_name(here):
+    """Matplotlib would leave out a name that begins with _, and set $b$ as a formula."""
+    pytest.importorskip("matplotlib")
+    shutil.copy("idsnn.pt", "_a$b$.pt")
+    stage4.main(["_a$b$.pt", "--T", "1", "--plot", "fig.svg"])
+    assert "<!-- init+KD: _a$b$ -->" in Path("fig.svg").read_text()
 
 
 def test_predict(here):
