@@ -1,5 +1,6 @@
-"""What the README says can be done: its commands, its snippet, its links."""
+"""What the README says can be done: its commands, its snippet, its links, its trained network."""
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -60,3 +61,13 @@ def test_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if "://" not in link:  # only what lies in this repository
             assert ((ROOT / page).parent / link).exists(), link
+
+def test_the_trained_network_names_what_the_images_show(tmp_path):
+    """The README's command: the images are named by what they show, "cat.png"."""
+    script, argv = next(c for c in commands("README.md") if c[0] == "eval" and "--predict" in c[1])
+    files = [str(ROOT / word) if word.startswith("results/") else word for word in argv]
+    stage4.main([*files, "--json", str(tmp_path / "all.json")])
+    run, = json.loads((tmp_path / "all.json").read_text())["runs"]
+    last = [row for row in run["predictions"] if row["T"] == 4]
+    assert len(last) >= 3
+    assert [row["class"] for row in last] == [Path(row["image"]).stem for row in last]
